@@ -1,0 +1,78 @@
+"""Time one training step of the multiview model on random latents.
+
+    python benchmarks/train_step.py [--profile edge] [--batch 64] [--compile] [--channels-last]
+
+Prints objects a second (median of the timed steps, after warm-up) and the peak GPU memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import click
+import torch
+
+from train.cache import LatentCache
+from train.model import MultiviewModel
+from train.presets import PRESETS
+from train.trainer import compile_blocks, step_generator
+from train.vae import Vae
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--profile", type=click.Choice(sorted(PRESETS)), default="edge", show_default=True)
+@click.option("--batch", type=int, help="Objects a step; default: the preset's.")
+@click.option("--steps", default=20, show_default=True)
+@click.option("--compile", "compile_", is_flag=True)
+@click.option("--channels-last", is_flag=True)
+def main(profile: str, batch: int | None, steps: int, compile_: bool, channels_last: bool) -> None:
+    preset = PRESETS[profile]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")
+    model, vae = MultiviewModel(preset).to(device), Vae(preset.vae).to(device).requires_grad_(False)
+    if channels_last:
+        model.unet = model.unet.to(memory_format=torch.channels_last)
+    if compile_:
+        compile_blocks(model)
+    count, shape = 128, preset.shape
+    latent = torch.randn(count, 6, 2 * shape.latent_channels, shape.latent_px, shape.latent_px, device=device)
+    picture = torch.randint(
+        0, 255, (count, 1, shape.image_px, shape.image_px, 3), dtype=torch.uint8, device=device
+    )
+    cache = LatentCache(
+        z_0=latent.half(),
+        image=picture,
+        image_latent=latent[:, :1, : shape.latent_channels].half(),
+        focal=torch.zeros(count, 1, device=device),
+        object_index=torch.arange(count, device=device),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=half)
+    size, times = batch or preset.train.batch, []
+    begin = time.perf_counter()
+    for step in range(steps + 5):
+        start = time.perf_counter()
+        generator = step_generator(device, 0, 0, step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            losses = model(cache.draw(size, generator), vae, generator)
+        losses["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if half:
+            torch.cuda.synchronize()
+        if step == 4:
+            warm = time.perf_counter() - begin
+        if step >= 5:
+            times.append(time.perf_counter() - start)
+    median = statistics.median(times)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if half else float("nan")
+    print(
+        f"{profile} batch {size} compile={compile_} channels_last={channels_last}: {1e3 * median:.1f} ms a step, "
+        f"{size / median:.0f} objects/s, warm-up {warm:.0f} s, peak {memory:.1f} GiB",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From a trained checkpoint to the ONNX files of a bundle."""

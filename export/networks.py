@@ -1,0 +1,77 @@
+"""The five networks as modules whose inputs and outputs are the tensor contract's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from train.checkpoint import load_vae, preset_of
+from train.model import MultiviewModel
+from train.presets import Preset
+from train.vae import Vae
+
+
+class _Encode(nn.Module):
+    def __init__(self, vae: Vae) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.vae.encode(image)
+
+
+class _Decode(nn.Module):
+    def __init__(self, vae: Vae) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.vae.decode(latent).clamp(0.0, 1.0)
+
+
+def load_networks(checkpoint: Path) -> tuple[Preset, dict[str, nn.Module]]:
+    """The averaged weights of a checkpoint as the contract's five modules, float32, on the CPU."""
+    preset = preset_of(checkpoint)
+    model = MultiviewModel(preset)
+    weights = {name: value.float() for name, value in load_file(checkpoint / "ema.safetensors").items()}
+    model.load_state_dict(weights)
+    vae = load_vae(checkpoint, preset)
+    networks: dict[str, nn.Module] = {
+        "image_encoder": model.encoder,
+        "vae_encoder": _Encode(vae),
+        "unet": model.unet,
+        "vae_decoder": _Decode(vae),
+        "projection_heads": model.heads,
+    }
+    for network in networks.values():
+        network.eval().requires_grad_(False)
+    return preset, networks
+
+
+def example_inputs(preset: Preset, name: str, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs of a network that satisfy the contract, `batch` objects."""
+    shape, generator = preset.shape, torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    def image() -> Tensor:
+        return torch.rand((batch, 3, shape.image_px, shape.image_px), generator=generator)
+
+    side, c = shape.latent_px, shape.latent_channels
+    if name in ("image_encoder", "vae_encoder"):
+        return (image(),)
+    if name == "vae_decoder":
+        return (normal(batch, c, side, side),)
+    if name == "projection_heads":
+        return image(), image()
+    return (
+        normal(batch * shape.views, 2 * c, side, side),
+        torch.linspace(900.0, 100.0, batch),
+        normal(batch, shape.tokens, shape.token_dim),
+        normal(batch, c, side, side),
+        torch.linspace(-1.0, 2.0, batch),
+    )

@@ -1,0 +1,149 @@
+"""A checkpoint as a bundle: five ONNX files, their measured parity with torch, and the manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from uc3d_rt.contract import (
+    NETWORK_NAMES,
+    Manifest,
+    NetworkFile,
+    SamplingDefaults,
+    network_specs,
+    save_manifest,
+    sha256_of,
+)
+
+from export.networks import example_inputs, load_networks
+from export.weights import store_weights_int8
+from train.checkpoint import load_state
+from train.presets import Preset
+
+OPSET = 18
+PARITY_LIMIT = 1e-3
+"""Largest `|onnx - torch| / |torch|` (2-norms) of an exported fp32 network."""
+
+
+class ParityError(RuntimeError):
+    """An exported network does not compute what the torch network computes."""
+
+
+def export_bundle(
+    checkpoint: Path,
+    bundle: Path,
+    *,
+    int8_weights: bool = True,
+    sampling: SamplingDefaults | None = None,
+    training: dict[str, Any] | None = None,
+) -> Manifest:
+    """Export a checkpoint; the bundle appears at its place only when all of it is right.
+
+    Raises:
+        ParityError: a network's fp32 export differs from torch by more than `PARITY_LIMIT`.
+    """
+    preset, networks = load_networks(checkpoint)
+    work = bundle.with_name(f".{bundle.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        files, parity = {}, {}
+        for name in NETWORK_NAMES:
+            target = work / f"{name}.onnx"
+            export_network(preset, name, networks[name], target)
+            error = parity_error(preset, name, networks[name], target)
+            if not error <= PARITY_LIMIT:
+                raise ParityError(f"{name}.onnx differs from torch by {error:.2e} (limit {PARITY_LIMIT:g})")
+            parity[name] = {"fp32_relative_error": error}
+            if int8_weights:
+                stored = work / f"{name}.int8.onnx"
+                store_weights_int8(target, stored)
+                stored.replace(target)
+                parity[name]["int8_weights_relative_error"] = parity_error(
+                    preset, name, networks[name], target
+                )
+            files[name] = NetworkFile(target.name, sha256_of(target), target.stat().st_size)
+        manifest = Manifest(
+            profile=preset.name,
+            shape=preset.shape,
+            schedule=preset.schedule,
+            sampling=sampling or preset.sampling,
+            networks=files,
+            training=(training or {}) | _training_record(checkpoint),
+            parity=parity,
+        )
+        save_manifest(manifest, work)
+        old = bundle.with_name(f".{bundle.name}.{os.getpid()}.old")
+        if bundle.exists():
+            bundle.rename(old)
+        work.rename(bundle)
+        shutil.rmtree(old, ignore_errors=True)
+        return manifest
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def export_network(preset: Preset, name: str, network: nn.Module, target: Path) -> None:
+    """Write one network as fp32 ONNX with the contract's names and free dimensions."""
+    spec = network_specs(preset.shape)[name]
+    free = {
+        tensor.name: {axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in (*spec.inputs, *spec.outputs)
+    }
+    with warnings.catch_warnings(), torch.no_grad():
+        # The tracer warns of every size read in Python; the contract fixes those sizes.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            example_inputs(preset, name, batch=2),
+            str(target),
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_axes=free,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+
+
+def run_onnx(path: Path, names: list[str], inputs: tuple[torch.Tensor, ...]) -> list[NDArray[np.float32]]:
+    """Run an ONNX file on ONNX Runtime's CPU provider."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    outputs: list[NDArray[np.float32]] = session.run(
+        None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    )
+    return outputs
+
+
+@torch.no_grad()
+def parity_error(preset: Preset, name: str, network: nn.Module, path: Path) -> float:
+    """Largest relative 2-norm error over outputs and over batches of one and two."""
+    names = [tensor.name for tensor in network_specs(preset.shape)[name].inputs]
+    worst = 0.0
+    for batch in (1, 2):
+        inputs = example_inputs(preset, name, batch, seed=batch)
+        expected = network(*inputs)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for value, truth in zip(run_onnx(path, names, inputs), expected, strict=True):
+            difference = np.linalg.norm(value - truth.numpy()) / np.linalg.norm(truth.numpy())
+            worst = max(worst, float(difference))
+    return worst
+
+
+def _training_record(checkpoint: Path) -> dict[str, Any]:
+    state = load_state(checkpoint)
+    return {
+        "steps": state["step"],
+        "batch": state["batch"],
+        "seed": state["seed"],
+        "losses": state["config"]["train"]["losses"],
+        "last_losses": state["history"][-1] if state["history"] else {},
+    }

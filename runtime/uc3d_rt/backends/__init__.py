@@ -1,0 +1,1 @@
+"""What runs the networks of a bundle; `base` is the interface, one module an engine."""

@@ -1,0 +1,156 @@
+"""ONNX Runtime on the CPU or, when asked for, on a CUDA device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uc3d_rt.backends.base import check_inputs
+from uc3d_rt.contract import Manifest, NetworkSpec, network_specs, verified_network_path
+from uc3d_rt.errors import BackendError, BundleError
+
+FloatArray = NDArray[np.float32]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+
+
+class OnnxRuntimeBackend:
+    """Opens bundle networks as ONNX Runtime sessions."""
+
+    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+        self.device = device
+        self.threads = threads
+
+    def open(self, bundle: Path, manifest: Manifest, name: str) -> OnnxRuntimeNetwork:
+        """Verify and load one network; raises as `Backend.open`."""
+        path = verified_network_path(bundle, manifest, name)
+        spec = network_specs(manifest.shape)[name]
+        session = _session(path, self.device, self.threads)
+        _check_session(session, spec, path)
+        return OnnxRuntimeNetwork(session, spec, manifest.shape.views)
+
+
+class OnnxRuntimeNetwork:
+    """A session and its contract."""
+
+    def __init__(self, session: Any, spec: NetworkSpec, views: int) -> None:
+        self._session = session
+        self._spec = spec
+        self._views = views
+        self._outputs = [tensor.name for tensor in spec.outputs]
+
+    def __call__(self, **inputs: FloatArray) -> dict[str, FloatArray]:
+        """Run once; raises as `Network.__call__`."""
+        if self._session is None:
+            raise ValueError(f"{self._spec.name} is closed; open it again")
+        check_inputs(self._spec, inputs, self._views)
+        try:
+            values = self._session.run(self._outputs, inputs)
+        except _runtime_errors() as error:
+            raise BackendError(
+                f"{self._spec.name} failed in ONNX Runtime ({_one_line(error)}); "
+                "if memory ran out, close other programs or use a smaller bundle"
+            ) from error
+        return dict(zip(self._outputs, values, strict=True))
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        """Give the network itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def _session(path: Path, device: str, threads: int | None) -> Any:
+    import onnxruntime
+
+    provider = _PROVIDERS[device]
+    if provider not in onnxruntime.get_available_providers():
+        raise BackendError(
+            f"this ONNX Runtime has no {provider}; run: pip uninstall onnxruntime onnxruntime-gpu && "
+            "pip install 'uc3d-rt[gpu]' --force-reinstall, or use --device cpu"
+        )
+    if device == "cuda":
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    except _runtime_errors() as error:
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path} ({_one_line(error)}); "
+            "upgrade it, or export the bundle again"
+        ) from error
+    # A provider that fails to start is replaced by the CPU without an error.
+    running = session.get_providers()[0]
+    if running != provider:
+        raise BackendError(
+            f"{provider} did not start and ONNX Runtime chose {running}; install the CUDA and cuDNN "
+            "versions that onnxruntime-gpu asks for, or use --device cpu"
+        )
+    session.disable_fallback()
+    return session
+
+
+def _check_session(session: Any, spec: NetworkSpec, path: Path) -> None:
+    """Hold the file's inputs and outputs against the contract."""
+    for kind, tensors, found in (
+        ("input", spec.inputs, session.get_inputs()),
+        ("output", spec.outputs, session.get_outputs()),
+    ):
+        shapes = {node.name: node for node in found}
+        if set(shapes) != {tensor.name for tensor in tensors}:
+            raise BundleError(
+                f"{path} has the {kind}s {sorted(shapes)} instead of "
+                f"{sorted(tensor.name for tensor in tensors)}; export the bundle again"
+            )
+        for tensor in tensors:
+            node = shapes[tensor.name]
+            fits = len(node.shape) == len(tensor.shape) and all(
+                isinstance(want, str) or not isinstance(got, int) or want == got
+                for want, got in zip(tensor.shape, node.shape, strict=True)
+            )
+            if not fits or node.type != "tensor(float)":
+                raise BundleError(
+                    f"{path}: {kind} {tensor.name} is {node.type} {node.shape} instead of "
+                    f"{tensor.dtype} {tensor.shape}; export the bundle again"
+                )
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        "EPFail",
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoModel",
+        "NoSuchFile",
+        "NotImplemented",
+        "RuntimeException",
+    )
+    return tuple(getattr(state, name) for name in names)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,143 @@
+"""Field and views to a textured mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uc3d_rt.mesh.surface import FloatArray, Surface, vertex_normals
+from uc3d_rt.neus.field import Field
+
+if TYPE_CHECKING:
+    import trimesh
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """Settings of `build_mesh`."""
+
+    texture: Literal["atlas", "vertex"] = "atlas"
+    faces: int = 12_000  # decimation target; 0 = keep every triangle of marching cubes
+    texture_px: int = 1024
+    min_share: float = 0.05  # parts smaller than this share of the largest part's volume are dropped
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ValueError: naming the option, its value and what it may be.
+        """
+        if self.texture not in ("atlas", "vertex"):
+            raise ValueError(f"MeshOptions.texture must be 'atlas' or 'vertex', got {self.texture!r}")
+        if self.faces != 0 and self.faces < 100:
+            raise ValueError(f"MeshOptions.faces must be 0 (no decimation) or at least 100, got {self.faces}")
+        if not 64 <= self.texture_px <= 8192:
+            raise ValueError(f"MeshOptions.texture_px must be in [64, 8192], got {self.texture_px}")
+        if not 0 < self.min_share <= 1:
+            raise ValueError(f"MeshOptions.min_share must be in (0, 1], got {self.min_share}")
+
+
+def build_mesh(
+    field: Field,
+    color: FloatArray,
+    normal: FloatArray,
+    options: MeshOptions | None = None,
+    on_progress: Progress | None = None,
+) -> trimesh.Trimesh:
+    """Extract, clean, simplify, unwrap and texture the surface of a field.
+
+    The surface is closed: watertight, edge-manifold and wound outward.  With an atlas, vertices on a
+    chart's border are stored once for each chart, so a reader must merge vertices by position
+    (`mesh.merge_vertices(merge_tex=True, merge_norm=True)`) before it asks whether the mesh is closed.
+
+    Args:
+        field: from `uc3d_rt.neus.fit.fit`.
+        color: (6, H, H, 3) in [0, 1], the target views.
+        normal: (6, H, H, 3) unit world normals, zero = background.
+        options: settings; None = `MeshOptions()`.
+        on_progress: called with (steps done, steps in all).
+
+    Returns:
+        A mesh in the field's frame and scale, with smooth vertex normals and either a base colour
+        texture (metallic 0, roughness 1) or vertex colours.
+
+    Raises:
+        FitError: the field holds no surface that can be closed.
+    """
+    from uc3d_rt.mesh.extract import extract_surface
+    from uc3d_rt.mesh.simplify import simplify_surface
+
+    options = options or MeshOptions()
+    steps = 4 if options.texture == "atlas" else 3
+    report = on_progress or (lambda done, total: None)
+    surface = extract_surface(field, options.min_share)
+    report(1, steps)
+    surface = simplify_surface(surface, options.faces)
+    normals = vertex_normals(surface)
+    report(2, steps)
+    if options.texture == "vertex":
+        mesh = _vertex_colored(surface, normals, color, normal)
+    else:
+        mesh = _textured(surface, normals, color, normal, options, report)
+    report(steps, steps)
+    return mesh
+
+
+def _vertex_colored(
+    surface: Surface, normals: FloatArray, color: FloatArray, normal: FloatArray
+) -> trimesh.Trimesh:
+    import trimesh
+
+    from uc3d_rt.mesh.bake import ProjectedViews, vertex_colors
+
+    colors = vertex_colors(surface, normals, ProjectedViews(surface, color, normal))
+    rgba = np.full((len(colors), 4), 255, np.uint8)
+    rgba[:, :3] = (colors * 255.0 + 0.5).astype(np.uint8)
+    return trimesh.Trimesh(
+        surface.vertices,
+        surface.faces,
+        vertex_normals=normals,
+        vertex_colors=rgba,
+        process=False,
+        validate=False,
+    )
+
+
+def _textured(
+    surface: Surface,
+    normals: FloatArray,
+    color: FloatArray,
+    normal: FloatArray,
+    options: MeshOptions,
+    report: Progress,
+) -> trimesh.Trimesh:
+    import trimesh
+    from PIL import Image
+    from trimesh.visual.material import PBRMaterial
+    from trimesh.visual.texture import TextureVisuals
+
+    from uc3d_rt.mesh.bake import ProjectedViews, bake_texture
+    from uc3d_rt.mesh.unwrap import unwrap_surface
+
+    atlas = unwrap_surface(surface, options.texture_px)
+    report(3, 4)
+    texture: NDArray[np.uint8] = bake_texture(
+        surface, normals, atlas, ProjectedViews(surface, color, normal), options.texture_px
+    )
+    material = PBRMaterial(
+        name="surface", baseColorTexture=Image.fromarray(texture), metallicFactor=0.0, roughnessFactor=1.0
+    )
+    return trimesh.Trimesh(
+        surface.vertices[atlas.source],
+        atlas.faces,
+        vertex_normals=normals[atlas.source],
+        visual=TextureVisuals(uv=atlas.uv, material=material),
+        process=False,
+        validate=False,
+    )

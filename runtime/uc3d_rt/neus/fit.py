@@ -1,0 +1,338 @@
+"""Fit a signed distance and colour grid to six colour and normal views (Sec. 3.6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uc3d_rt.errors import FitError
+from uc3d_rt.neus.field import Field, node_coordinates, resample
+from uc3d_rt.neus.hull import hull_sdf
+from uc3d_rt.neus.losses import keep_best, mask_loss, normal_loss, rgb_loss
+from uc3d_rt.neus.rays import Pixels, select_pixels, trace_rays
+from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS, camera_axes, project
+
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+Progress = Callable[[int, int], None]
+
+MIN_SILHOUETTE_PX = 16
+"""Fewer foreground pixels than this in all six views together are noise, not an object."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Settings of `fit`; the defaults are for six views of 256 px."""
+
+    resolution: int = 128  # nodes along each axis of the final grid
+    iterations: tuple[int, ...] = (40, 60, 60)  # at resolution / 2^k, ..., resolution / 2, resolution
+    rays_per_iteration: int = 25_000
+    seed: int = 0
+    w_rgb: float = 0.3  # Eq. 19
+    w_normal: float = 4.0  # Eq. 20
+    w_mask: float = 2.0
+    w_eikonal: float = 0.2
+    w_smooth: float = 0.005
+    w_smooth_unseen: float = 0.1  # where the surface faces up or down, out of every view's sight
+    keep_rgb: float = 1.0  # share of the rays whose residual counts
+    keep_normal: float = 1.0
+    keep_mask: float = 1.0
+    learning_rate: float = 0.25  # of the distance, node spacings an iteration
+    learning_rate_color: float = 0.05
+    final_rate: float = 0.15  # learning rates fall to this share within a stage
+    inv_s_start: float = 2.0  # inverse deviation per node spacing when a stage starts
+    inv_s_range: tuple[float, float] = (1.5, 6.0)
+    sample_step: float = 0.9  # node spacings between samples on a ray
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            ValueError: naming the option, its value and what it may be.
+        """
+        shrink = 2 ** (len(self.iterations) - 1)
+        if not self.iterations or min(self.iterations) < 0:
+            raise ValueError(f"FitOptions.iterations must be counts >= 0, one a stage, got {self.iterations}")
+        if self.resolution % shrink or not 16 <= self.resolution // shrink <= self.resolution <= 512:
+            raise ValueError(
+                f"FitOptions.resolution={self.resolution} must be at most 512, divisible by {shrink} "
+                f"(for {len(self.iterations)} stages) and leave at least 16 nodes in the first stage"
+            )
+        if self.rays_per_iteration < 1000:
+            raise ValueError(
+                f"FitOptions.rays_per_iteration must be at least 1000, got {self.rays_per_iteration}"
+            )
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.startswith("w_") and not value >= 0:
+                raise ValueError(f"FitOptions.{item.name} must be >= 0, got {value}")
+            if item.name.startswith("keep_") and not 0 < value <= 1:
+                raise ValueError(f"FitOptions.{item.name} must be in (0, 1], got {value}")
+            if item.name.startswith("learning_rate") and not 0 < value < 1:
+                raise ValueError(f"FitOptions.{item.name} must be in (0, 1), got {value}")
+        if not 0.1 <= self.sample_step <= 1.5:
+            raise ValueError(f"FitOptions.sample_step must be in [0.1, 1.5], got {self.sample_step}")
+
+
+def fit(
+    color: FloatArray,
+    normal: FloatArray,
+    options: FitOptions | None = None,
+    on_progress: Progress | None = None,
+) -> Field:
+    """Reconstruct the surface that six views show.
+
+    The grid starts as the distance to the visual hull, then follows the gradient of
+    `w_rgb L_rgb + w_normal L_normal` (Eq. 21) plus mask, eikonal and smoothness terms, coarse to fine.
+    The same input, options and machine give the same bytes, for any number of threads.
+
+    Args:
+        color: (6, H, H, 3) in [0, 1], white background; the views of `uc3d_rt.views.TARGET_CAMERAS`.
+        normal: (6, H, H, 3) unit world normals, zero = background.
+        options: settings; None = `FitOptions()`.
+        on_progress: called with (iterations done, iterations in all).
+
+    Returns:
+        The field, in world units.
+
+    Raises:
+        FitError: the views have wrong shapes or values, or show no object.
+    """
+    options = options or FitOptions()
+    color, normal, masks = check_views(color, normal)
+    from uc3d_rt.neus.redistance import restore_distance
+
+    pixels = select_pixels(color, normal, masks, options.seed)
+    stages = len(options.iterations)
+    resolutions = [options.resolution >> (stages - 1 - stage) for stage in range(stages)]
+    hull = hull_sdf(masks, options.resolution)
+    if not (hull < 0).any():
+        raise FitError(
+            "the six silhouettes have no volume in common; the views contradict each other, "
+            "try another seed or more sampling steps"
+        )
+    state: _State | None = None
+    total, done = sum(options.iterations), 0
+    for stage, resolution in enumerate(resolutions):
+        start = hull if resolution == options.resolution else resample(hull, resolution)
+        start = start * np.float32(0.5 * resolution)
+        if state is None:
+            sdf, colors = start.copy(), initial_colors(start, color, masks)
+        else:
+            # What the coarse stage moved is added to the fine hull, but not where the hull is too thin
+            # for the coarse grid to have seen it: there the fine hull starts afresh.
+            moved = np.maximum(state.sdf - state.start, 0.0)
+            sdf = start + 2 * resample(moved, resolution) * thickness_weight(start)
+            colors = resample(state.color, resolution)
+        restore_distance(sdf)
+        state = _State(sdf=sdf, color=colors, start=start)
+        for iteration in range(options.iterations[stage]):
+            _iterate(state, pixels, masks.shape[-1], options, stage, iteration)
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+    assert state is not None
+    np.maximum(state.sdf, state.start - HULL_SLACK, out=state.sdf)
+    return Field(
+        sdf=(state.sdf * np.float32(2.0 / options.resolution)).astype(np.float32),
+        color=np.clip(state.color, 0.0, 1.0).astype(np.float32),
+    )
+
+
+def check_views(color: FloatArray, normal: FloatArray) -> tuple[FloatArray, FloatArray, BoolArray]:
+    """Views as contiguous float32, normals made unit length, and the silhouettes (6, H, H).
+
+    Raises:
+        FitError: wrong shapes, values that are not finite, or (nearly) empty silhouettes.
+    """
+    if (
+        color.ndim != 4
+        or color.shape[0] != NUM_VIEWS
+        or color.shape[1] != color.shape[2]
+        or color.shape[3] != 3
+    ):
+        raise FitError(f"color has shape {color.shape}; give ({NUM_VIEWS}, H, H, 3), the six target views")
+    if normal.shape != color.shape:
+        raise FitError(f"normal has shape {normal.shape}, color {color.shape}; give both the same shape")
+    if not (np.isfinite(color).all() and np.isfinite(normal).all()):
+        raise FitError("the views hold values that are not finite; decode them in float32")
+    length = np.linalg.norm(normal, axis=-1, keepdims=True)
+    masks = length[..., 0] > 0.5
+    if int(masks.sum()) < MIN_SILHOUETTE_PX:
+        raise FitError(
+            f"the normal views show no object ({int(masks.sum())} foreground pixels in six views); "
+            "zero vectors mean background: check that the normals are decoded to [-1, 1]"
+        )
+    unit = np.where(masks[..., None], normal / np.maximum(length, 1e-6), 0.0)
+    return np.ascontiguousarray(color, np.float32), unit.astype(np.float32), masks
+
+
+class _State:
+    """The arrays of one stage, in node spacings."""
+
+    def __init__(self, sdf: FloatArray, color: FloatArray, start: FloatArray) -> None:
+        self.sdf, self.color, self.start = sdf, color, start
+        self.log_inv_s = math.nan
+        self.log_inv_s_mean = 0.0
+        self.log_inv_s_square = 0.0
+        r = sdf.shape[0]
+        self.d_sdf, self.d_color = np.zeros_like(sdf), np.zeros_like(color)
+        self.mean, self.square = np.zeros((r**3, 1), np.float32), np.zeros((r**3, 1), np.float32)
+        self.color_mean, self.color_square = np.zeros((r**3, 3), np.float32), np.zeros((r**3, 3), np.float32)
+        self.laplacian = np.zeros(r**3, np.float32)
+        self.nodes = np.zeros(0, np.int64)
+        self.smooth = np.zeros(0, np.float32)  # weight of each of `nodes`
+
+
+REDISTANCE_EVERY = 15
+NODES_EVERY = 5
+
+HULL_SLACK = 0.25
+"""Node spacings that the surface may stand out of the visual hull, for the hull is only as exact as its pixels."""
+
+
+def _iterate(
+    state: _State, pixels: Pixels, size: int, options: FitOptions, stage: int, iteration: int
+) -> None:
+    from uc3d_rt.neus.adam import adam_step
+    from uc3d_rt.neus.redistance import restore_distance
+    from uc3d_rt.neus.regularize import regularize
+    from uc3d_rt.neus.render import render_rays, render_rays_backward
+
+    resolution = state.sdf.shape[0]
+    if math.isnan(state.log_inv_s):
+        state.log_inv_s = math.log(options.inv_s_start)
+    inv_s = math.exp(state.log_inv_s)
+    band = 4.5 / inv_s
+    if iteration % REDISTANCE_EVERY == 0 and iteration > 0:
+        restore_distance(state.sdf)
+    if iteration % NODES_EVERY == 0:
+        # Nothing of the object lies outside of its visual hull.
+        np.maximum(state.sdf, state.start - HULL_SLACK, out=state.sdf)
+        state.laplacian[state.nodes] = 0.0
+        state.nodes = near_nodes(state.sdf, band + 1.5)
+        state.smooth = smoothness(state.sdf, state.nodes, options)
+        state.d_sdf[...] = 0.0
+        state.d_color[...] = 0.0
+
+    rng = np.random.default_rng((options.seed, stage, iteration))
+    wanted = options.rays_per_iteration * resolution // options.resolution  # a coarse grid needs fewer
+    stride = max(1, round(len(pixels.mask) / wanted))
+    subset = slice(int(rng.integers(stride)), None, stride)
+    rays, crosses = trace_rays(pixels, subset, resolution)
+    offset = rng.random(len(rays.slab), dtype=np.float32)
+    out = np.empty((len(rays.slab), 7), np.float32)
+    traced = (rays.start, rays.weight_y, rays.entry, rays.direction, rays.length, offset)
+    how = (options.sample_step, band, 1e-3)
+    render_rays(state.sdf, state.color, inv_s, *traced, *how, out)
+
+    d_out = ray_gradient(out, pixels, subset, crosses, options)
+    d_out *= np.float32((resolution / size) ** 2 * stride)  # as if one ray crossed each node's square
+    d_inv_s = np.zeros(resolution, np.float64)
+    render_rays_backward(
+        state.sdf, state.color, inv_s, *traced, *how, d_out, state.d_sdf, state.d_color, d_inv_s
+    )
+    regularize(state.sdf, state.nodes, options.w_eikonal, state.smooth, state.laplacian, state.d_sdf)
+
+    progress = iteration / max(options.iterations[stage] - 1, 1)
+    rate = options.final_rate**progress
+    flat = (-1, 1)
+    adam_step(
+        state.sdf.reshape(flat), state.d_sdf.reshape(flat), state.mean, state.square,
+        state.nodes, iteration + 1, options.learning_rate * rate, 0.02,
+    )  # fmt: skip
+    adam_step(
+        state.color.reshape(-1, 3), state.d_color.reshape(-1, 3), state.color_mean, state.color_square,
+        state.nodes, iteration + 1, options.learning_rate_color * rate, 0.01,
+    )  # fmt: skip
+    g = float(d_inv_s.sum()) * inv_s / max(len(state.nodes), 1)
+    state.log_inv_s_mean = 0.9 * state.log_inv_s_mean + 0.1 * g
+    state.log_inv_s_square = 0.98 * state.log_inv_s_square + 0.02 * g * g
+    t = iteration + 1
+    state.log_inv_s -= (
+        0.05
+        * (state.log_inv_s_mean / (1 - 0.9**t))
+        / (math.sqrt(state.log_inv_s_square / (1 - 0.98**t)) + 1e-8)
+    )
+    low, high = options.inv_s_range
+    state.log_inv_s = min(max(state.log_inv_s, math.log(low)), math.log(high))
+
+
+def ray_gradient(
+    out: FloatArray, pixels: Pixels, subset: slice, crosses: BoolArray, options: FitOptions
+) -> FloatArray:
+    """Gradient (N, 7) of the summed ray losses (Eq. 21 and the mask term) for rendered rays (N, 7)."""
+    target_color = pixels.color[subset][crosses]
+    target_normal = pixels.normal[subset][crosses]
+    target_mask = pixels.mask[subset][crosses]
+    inside = target_mask > 0.5
+    l_rgb, g_rgb = rgb_loss(out[:, :3], target_color)
+    l_normal, g_normal = normal_loss(out[:, 3:6], target_normal)
+    l_mask, g_mask = mask_loss(out[:, 6], target_mask)
+    met = inside & (out[:, 6] > 0.3)  # a ray through empty space has no normal to compare
+    d_out = np.empty_like(out)
+    d_out[:, :3] = options.w_rgb * g_rgb * keep_best(l_rgb, np.ones_like(inside), options.keep_rgb)[:, None]
+    d_out[:, 3:6] = options.w_normal * g_normal * keep_best(l_normal, met, options.keep_normal)[:, None]
+    d_out[:, 6] = options.w_mask * g_mask * keep_best(l_mask, np.ones_like(inside), options.keep_mask)
+    return d_out
+
+
+def near_nodes(sdf: FloatArray, band: float) -> NDArray[np.int64]:
+    """Flat indices of the nodes within `band` of the surface, without the two outermost layers."""
+    near = np.abs(sdf) < band
+    for axis in range(3):
+        edge = [slice(None)] * 3
+        for side in (slice(None, 2), slice(-2, None)):
+            edge[axis] = side
+            near[tuple(edge)] = False
+    return np.flatnonzero(near)
+
+
+def thickness_weight(sdf: FloatArray) -> FloatArray:
+    """How well (R, R, R) a grid of half the resolution resolves the parts of an object: 0 no, 1 yes.
+
+    Args:
+        sdf: (R, R, R) in node spacings of the fine grid.
+    """
+    from scipy.ndimage import maximum_filter
+
+    depth = maximum_filter(-sdf, size=5)  # of the deepest point within one coarse node spacing
+    return np.asarray(np.clip(depth - 1.0, 0.0, 1.0), dtype=np.float32)
+
+
+def smoothness(sdf: FloatArray, nodes: NDArray[np.int64], options: FitOptions) -> FloatArray:
+    """Smoothness weight (N,) of each node: more where the field's gradient is close to vertical.
+
+    Views at elevation 0 see nothing of a flat top; there, smoothness is all that shapes the surface.
+    """
+    r, f = sdf.shape[0], sdf.reshape(-1)
+    gy, gz, gx = (f[nodes + step] - f[nodes - step] for step in (r * r, r, 1))
+    upright = np.abs(gy) / np.maximum(np.sqrt(gx * gx + gy * gy + gz * gz), 1e-6)
+    share = np.clip((upright - 0.9) / 0.08, 0.0, 1.0)
+    return np.asarray(options.w_smooth + share * (options.w_smooth_unseen - options.w_smooth), np.float32)
+
+
+def initial_colors(sdf: FloatArray, color: FloatArray, masks: BoolArray) -> FloatArray:
+    """Colours (R, R, R, 3) of the nodes: the views that see a node's gradient face on, blended."""
+    resolution, size = sdf.shape[0], masks.shape[-1]
+    axis = node_coordinates(resolution)
+    gy, gz, gx = np.gradient(sdf)
+    unit = np.stack([gx, gy, gz], axis=-1)
+    unit /= np.maximum(np.linalg.norm(unit, axis=-1, keepdims=True), 1e-6)
+    y, z, x = np.meshgrid(axis, axis, axis, indexing="ij")
+    points = np.stack([x, y, z], axis=-1)
+    total = np.full((*sdf.shape, 3), 0.5e-3, np.float32)
+    weight = np.full((*sdf.shape, 1), 1e-3, np.float32)
+    for view, camera in enumerate(TARGET_CAMERAS):
+        uv = project(points, camera)
+        column = np.clip(((uv[..., 0] + 1.0) * 0.5 * size).astype(np.int64), 0, size - 1)
+        row = np.clip(((1.0 - uv[..., 1]) * 0.5 * size).astype(np.int64), 0, size - 1)
+        facing = np.maximum(unit @ camera_axes(camera)[2], 0.0) ** 2 + 1e-2
+        w = (facing * masks[view][row, column])[..., None]
+        total += w * color[view][row, column]
+        weight += w
+    return (total / weight).astype(np.float32)

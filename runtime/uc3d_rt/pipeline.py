@@ -1,0 +1,313 @@
+"""READ FIRST: one picture to a textured mesh, one call a stage.
+
+    preprocess → encode → diffuse → decode → fit → mesh
+
+Each network is opened when its stage begins and closed when it ends, so that memory holds one at
+a time.  The same input, options and seed on the same machine give the same mesh.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uc3d_rt.backends.base import Backend, Network, backend_for
+from uc3d_rt.contract import Manifest, load_manifest
+from uc3d_rt.errors import BundleError, UsageError
+from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
+from uc3d_rt.sampler import ddim
+from uc3d_rt.views import decode_normals
+
+if TYPE_CHECKING:
+    import trimesh
+
+    from uc3d_rt.mesh.build import MeshOptions
+    from uc3d_rt.neus.fit import FitOptions
+
+FloatArray = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+"""Told `(stage, done, total)`; stages are those of `STAGES`, in order."""
+
+STAGES: tuple[str, ...] = ("preprocess", "encode", "diffuse", "decode", "fit", "mesh")
+
+_DECODE_CHUNK = 4  # latents a call; bounds the decoder's memory
+
+
+@dataclass(frozen=True)
+class Views:
+    """The six generated views, azimuths 30 … 330 degrees."""
+
+    color: FloatArray  # (6, H, W, 3), sRGB in [0, 1], white background
+    normal: FloatArray  # (6, H, W, 3), unit world normals, zero background
+    timings: dict[str, float] = field(default_factory=dict)  # seconds a stage
+    notes: tuple[str, ...] = ()  # doubts about the input, for the user
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that one run makes."""
+
+    views: Views
+    mesh: trimesh.Trimesh  # +Y up, +Z towards the input camera; see `build_mesh` on seams
+    timings: dict[str, float]  # seconds a stage
+    notes: tuple[str, ...]
+
+
+class Pipeline:
+    """A bundle and the device it runs on.
+
+    Networks are loaded for each call and freed again; within `with pipeline:` they stay loaded,
+    which many pictures in a row want.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
+        self.bundle = bundle
+        self.manifest = manifest
+        self._backend = backend
+        self._held: dict[str, Network] | None = None
+
+    @classmethod
+    def from_bundle(
+        cls, path: str | Path | None = None, device: str = "cpu", threads: int | None = None
+    ) -> Pipeline:
+        """Open a bundle; None is the one that ships.
+
+        Raises:
+            BundleError: the bundle is missing, incomplete or of another format version.
+            UsageError: unknown device, or `threads` below 1.
+        """
+        bundle = default_bundle() if path is None else Path(path)
+        manifest = load_manifest(bundle)
+        for name, entry in manifest.networks.items():
+            if not (bundle / entry.file).is_file():
+                raise BundleError(
+                    f"{bundle / entry.file} ({name}) is missing; the bundle is incomplete, "
+                    "fetch or export it again"
+                )
+        return cls(bundle, manifest, backend_for(device, threads))
+
+    def __call__(
+        self,
+        image: ImageSource,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        focal_mm: float | None = None,
+        fit_options: FitOptions | None = None,
+        mesh_options: MeshOptions | None = None,
+        on_progress: Progress | None = None,
+    ) -> Result:
+        """Reconstruct the object in a picture.
+
+        Args:
+            image: path, Pillow image, or RGB / RGBA array (H, W, 3 or 4).
+            steps: DDIM steps; None takes the bundle's default.
+            guidance: classifier-free guidance scale, 1 = off; None takes the bundle's default.
+            seed: of the start noise and of the fit's ray choice.
+            focal_mm: 35 mm-equivalent focal length; overrides EXIF; 0 = orthographic.
+            fit_options: None = `FitOptions(seed=seed)`.
+            mesh_options: None = `MeshOptions()`.
+            on_progress: told `(stage, done, total)`.
+
+        Raises:
+            ImageError, UsageError, BundleError, BackendError, FitError: see `uc3d_rt.errors`.
+        """
+        views = self.views(
+            image,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            focal_mm=focal_mm,
+            on_progress=on_progress,
+        )
+        return self.reconstruct(
+            views, seed=seed, fit_options=fit_options, mesh_options=mesh_options, on_progress=on_progress
+        )
+
+    def views(
+        self,
+        image: ImageSource,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        focal_mm: float | None = None,
+        on_progress: Progress | None = None,
+    ) -> Views:
+        """Generate the six views, without the fit; arguments and errors as `__call__`."""
+        sampling = self.manifest.sampling
+        steps = sampling.steps if steps is None else steps
+        guidance = sampling.guidance if guidance is None else guidance
+        self._check_sampling(steps, guidance, seed)
+        clock = _Clock(on_progress)
+        with clock.stage("preprocess"):
+            given = preprocess(image, self.manifest.shape.image_px, focal_mm)
+        with clock.stage("encode"):
+            tokens, image_latent = self._encode(given)
+        with clock.stage("diffuse") as tick:
+            z_0 = self._diffuse(tokens, image_latent, given.focal, steps, guidance, seed, tick)
+        with clock.stage("decode") as tick:
+            color, normal = self._decode(z_0, tick)
+        return Views(color, normal, clock.seconds, given.notes)
+
+    def reconstruct(
+        self,
+        views: Views,
+        *,
+        seed: int = 0,
+        fit_options: FitOptions | None = None,
+        mesh_options: MeshOptions | None = None,
+        on_progress: Progress | None = None,
+    ) -> Result:
+        """Fit a surface to six views and mesh it; arguments as `__call__`.
+
+        Raises:
+            FitError: the views hold no surface.
+        """
+        # numba compiles or loads its kernels here: not before the views are there.
+        from uc3d_rt.mesh.build import MeshOptions, build_mesh
+        from uc3d_rt.neus.fit import FitOptions, fit
+
+        fit_options = fit_options or FitOptions(seed=seed)
+        mesh_options = mesh_options or MeshOptions()
+        clock = _Clock(on_progress)
+        with clock.stage("fit") as tick:
+            surface = fit(views.color, views.normal, fit_options, tick)
+        with clock.stage("mesh") as tick:
+            mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick)
+        return Result(views, mesh, {**views.timings, **clock.seconds}, views.notes)
+
+    def __enter__(self) -> Pipeline:
+        """Keep networks loaded until the `with` block ends."""
+        self._held = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Free the networks."""
+        held, self._held = self._held or {}, None
+        for network in held.values():
+            network.close()
+
+    def _encode(self, given: Conditioning) -> tuple[FloatArray, FloatArray]:
+        """Image tokens (1, tokens, dim) and E(y) (1, c, h, w)."""
+        image = given.image[None]
+        with self._network("image_encoder") as network:
+            tokens = network(image=image)["tokens"]
+        with self._network("vae_encoder") as network:
+            return tokens, network(image=image)["latent"]
+
+    def _diffuse(
+        self,
+        tokens: FloatArray,
+        image_latent: FloatArray,
+        focal: float,
+        steps: int,
+        guidance: float,
+        seed: int,
+        on_step: Callable[[int, int], None],
+    ) -> FloatArray:
+        """z_0 (6, 2c, h, w): colour and normal latents of the six views."""
+        shape, sampling = self.manifest.shape, self.manifest.sampling
+        # The unconditional half sees no picture: tokens and E(y) zeroed together.
+        both_tokens = np.concatenate([tokens, np.zeros_like(tokens)])
+        both_latents = np.concatenate([image_latent, np.zeros_like(image_latent)])
+        z_T = np.random.default_rng(seed).standard_normal(
+            (shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px), dtype=np.float32
+        )
+        with self._network("unet") as network:
+
+            def denoise(z_t: FloatArray, t: float, guided: bool) -> tuple[FloatArray, FloatArray | None]:
+                batch = 2 if guided else 1
+                prediction = network(
+                    sample=np.concatenate([z_t] * batch),
+                    timestep=np.full(batch, t, np.float32),
+                    tokens=both_tokens[:batch],
+                    image_latent=both_latents[:batch],
+                    focal=np.full(batch, focal, np.float32),
+                )["prediction"]
+                return prediction[: shape.views], prediction[shape.views :] if guided else None
+
+            return ddim(
+                denoise,
+                z_T,
+                self.manifest.schedule,
+                steps=steps,
+                guidance=guidance,
+                guidance_interval=sampling.guidance_interval,
+                guidance_rescale=sampling.guidance_rescale,
+                on_step=on_step,
+            )
+
+    def _decode(self, z_0: FloatArray, on_image: Callable[[int, int], None]) -> tuple[FloatArray, FloatArray]:
+        """Colour and normal views, each (6, H, W, 3), of z_0 (6, 2c, h, w)."""
+        c = self.manifest.shape.latent_channels
+        latents = np.concatenate([z_0[:, :c], z_0[:, c:]])
+        images = []
+        with self._network("vae_decoder") as network:
+            for start in range(0, len(latents), _DECODE_CHUNK):
+                images.append(network(latent=latents[start : start + _DECODE_CHUNK])["image"])
+                on_image(min(start + _DECODE_CHUNK, len(latents)), len(latents))
+        decoded = np.clip(np.concatenate(images), 0.0, 1.0).transpose(0, 2, 3, 1)
+        normal, silhouette = decode_normals(decoded[len(z_0) :])
+        color = np.where(silhouette[..., None], decoded[: len(z_0)], np.float32(1.0))
+        return np.ascontiguousarray(color, np.float32), normal
+
+    @contextmanager
+    def _network(self, name: str) -> Iterator[Network]:
+        if self._held is not None:
+            if name not in self._held:
+                self._held[name] = self._backend.open(self.bundle, self.manifest, name)
+            yield self._held[name]
+        else:
+            with self._backend.open(self.bundle, self.manifest, name) as network:
+                yield network
+
+    def _check_sampling(self, steps: int, guidance: float, seed: int) -> None:
+        most = self.manifest.schedule.train_steps
+        if not 1 <= steps <= most:
+            raise UsageError(f"steps must be between 1 and {most}, got {steps}")
+        if not (math.isfinite(guidance) and guidance >= 0.0):
+            raise UsageError(f"guidance must be a number >= 0 (1 = off), got {guidance}")
+        if seed < 0:
+            raise UsageError(f"seed must be 0 or more, got {seed}")
+
+
+def default_bundle() -> Path:
+    """The bundle that ships: inside an installed package, or `engines/edge` of a source tree."""
+    here = Path(__file__).resolve()
+    installed = here.parent / "bundles" / "edge"
+    return installed if installed.is_dir() else here.parents[2] / "engines" / "edge"
+
+
+class _Clock:
+    """Times stages and passes progress on."""
+
+    def __init__(self, on_progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_progress = on_progress or (lambda stage, done, total: None)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Time a stage; gives the function to tell `(done, total)`."""
+        started = time.perf_counter()
+        told = False
+
+        def tick(done: int, total: int) -> None:
+            nonlocal told
+            told = True
+            self._on_progress(name, done, total)
+
+        self._on_progress(name, 0, 1)
+        yield tick
+        if not told:
+            self._on_progress(name, 1, 1)
+        self.seconds[name] = time.perf_counter() - started

@@ -1,0 +1,120 @@
+"""DDIM and classifier-free guidance, as functions on NumPy arrays.
+
+Symbols follow the paper: `alpha_bar` (Eq. 6), `eps`, `z_t`.  A UNet may predict `eps` or
+`v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0`; both are turned into `(z_0, eps)` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uc3d_rt.contract import NoiseSchedule
+
+FloatArray = NDArray[np.float32]
+Denoiser = Callable[[FloatArray, float, bool], tuple[FloatArray, FloatArray | None]]
+"""`(z_t, t, guided) -> (conditional, unconditional)` predictions; the second is None unless guided."""
+
+
+def alpha_bars(schedule: NoiseSchedule) -> NDArray[np.float64]:
+    """`alpha_bar_t` for t = 0 … T-1 (Eq. 6), shape (T,), float64.
+
+    With `zero_terminal_snr` the square roots are shifted and scaled so that the last is 0 and the
+    first unchanged (Lin et al., "Common diffusion noise schedules and sample steps are flawed").
+    """
+    if schedule.beta_curve == "linear":
+        betas = np.linspace(schedule.beta_start, schedule.beta_end, schedule.train_steps)
+    else:
+        betas = np.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.train_steps) ** 2
+    alpha_bar = np.cumprod(1.0 - betas)
+    if schedule.zero_terminal_snr and schedule.train_steps > 1:
+        root = np.sqrt(alpha_bar)
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alpha_bar = root**2
+    return np.asarray(alpha_bar, np.float64)
+
+
+def trailing_timesteps(train_steps: int, steps: int) -> NDArray[np.int64]:
+    """The DDIM timesteps, high to low, "trailing" spacing: the first is always T-1, shape (steps,)."""
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"steps must be between 1 and {train_steps}, got {steps}")
+    return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(np.int64)[:steps] - 1
+
+
+def split_prediction(
+    prediction: FloatArray, z_t: FloatArray, alpha_bar: float, kind: str
+) -> tuple[FloatArray, FloatArray]:
+    """`(z_0, eps)` that a prediction implies at `z_t`; all arrays of one shape."""
+    signal, noise = np.float32(alpha_bar**0.5), np.float32((1.0 - alpha_bar) ** 0.5)
+    if kind == "v":
+        z_0, eps = signal * z_t - noise * prediction, signal * prediction + noise * z_t
+    else:
+        z_0, eps = (z_t - noise * prediction) / signal, prediction
+    return z_0.astype(np.float32, copy=False), eps.astype(np.float32, copy=False)
+
+
+def guided(
+    conditional: FloatArray, unconditional: FloatArray, scale: float, rescale: float = 0.0
+) -> FloatArray:
+    """Classifier-free guidance: `u + scale (c - u)`, optionally with its spread pulled to `c`'s.
+
+    `rescale` in [0, 1] mixes in the result scaled to the standard deviation of the conditional
+    prediction (Lin et al., Eq. 15-16); 0 is plain guidance.
+    """
+    out = unconditional + np.float32(scale) * (conditional - unconditional)
+    if rescale > 0.0:
+        axes = tuple(range(1, out.ndim))
+        ratio = conditional.std(axis=axes, keepdims=True) / np.maximum(
+            out.std(axis=axes, keepdims=True), 1e-8
+        )
+        out = out * (np.float32(rescale) * ratio + np.float32(1.0 - rescale))
+    return out.astype(np.float32)
+
+
+def ddim(
+    denoise: Denoiser,
+    z_T: FloatArray,
+    schedule: NoiseSchedule,
+    *,
+    steps: int = 50,
+    guidance: float = 3.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_rescale: float = 0.0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> FloatArray:
+    """Deterministic DDIM (eta = 0) from `z_T` to `z_0`, trailing timesteps.
+
+    Args:
+        denoise: the network; asked for the unconditional branch only where guidance acts.
+        z_T: start noise (views, channels, h, w).
+        guidance: scale; 1 turns guidance off.
+        guidance_interval: guidance acts where `lo <= (t + 1) / T <= hi`; outside it the
+            conditional prediction alone is used (Kynkäänniemi et al., "Applying guidance in a
+            limited interval").
+        on_step: told `(done, steps)` after each step.
+
+    Returns:
+        `z_0`, shape of `z_T`.
+    """
+    alpha_bar = alpha_bars(schedule)
+    timesteps = trailing_timesteps(schedule.train_steps, steps)
+    low, high = guidance_interval
+    z_t = z_T
+    for index, t in enumerate(timesteps):
+        acts = guidance != 1.0 and low <= (int(t) + 1) / schedule.train_steps <= high
+        conditional, unconditional = denoise(z_t, float(t), acts)
+        prediction = conditional
+        if acts:
+            assert unconditional is not None
+            prediction = guided(conditional, unconditional, guidance, guidance_rescale)
+        z_0, eps = split_prediction(prediction, z_t, float(alpha_bar[t]), schedule.prediction)
+        if index + 1 == len(timesteps):
+            z_t = z_0
+        else:
+            previous = float(alpha_bar[timesteps[index + 1]])
+            z_t = np.float32(np.sqrt(previous)) * z_0 + np.float32(np.sqrt(1.0 - previous)) * eps
+        if on_step is not None:
+            on_step(index + 1, steps)
+    return z_t

@@ -1,0 +1,148 @@
+"""From a field to a textured mesh: handedness, closedness, texture."""
+
+import numpy as np
+import pytest
+import trimesh
+
+from tests.runtime import analytic
+from uc3d_rt.errors import FitError
+from uc3d_rt.mesh.build import MeshOptions, build_mesh
+from uc3d_rt.mesh.extract import extract_surface
+from uc3d_rt.mesh.simplify import part_pinched_edges, simplify_surface
+from uc3d_rt.mesh.surface import Surface, is_closed, signed_volumes, vertex_normals
+from uc3d_rt.neus.field import Field, node_coordinates
+from uc3d_rt.neus.fit import FitOptions, fit
+
+Built = tuple[trimesh.Trimesh, np.ndarray, np.ndarray]
+OPTIONS = MeshOptions(faces=4000, texture_px=256)
+AXIS = node_coordinates(48)
+Y, Z, X = np.meshgrid(AXIS, AXIS, AXIS, indexing="ij")
+
+
+def field_of(sdf: np.ndarray) -> Field:
+    return Field(sdf.astype(np.float32), np.full((*sdf.shape, 3), 0.5, np.float32))
+
+
+def sphere_sdf(centre: tuple[float, float, float], radius: float) -> np.ndarray:
+    return np.sqrt((X - centre[0]) ** 2 + (Y - centre[1]) ** 2 + (Z - centre[2]) ** 2) - radius
+
+
+def merged(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """Vertices on chart borders joined again by position."""
+    out = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    out.merge_vertices()
+    return out
+
+
+@pytest.fixture(scope="module")
+def asymmetric() -> Built:
+    color, normal = analytic.six_views(analytic.asymmetric(), 128)
+    field = fit(color, normal, FitOptions(resolution=64, iterations=(30, 30, 30), rays_per_iteration=8000))
+    return build_mesh(field, color, normal, OPTIONS), color, normal
+
+
+def test_an_asymmetric_object_is_not_mirrored(asymmetric: Built) -> None:
+    mesh = merged(asymmetric[0])
+    # arm to x = +0.75, tower to y = 0.7 at x < 0, nose to z = 0.67
+    np.testing.assert_allclose(mesh.bounds, [[-0.4, -0.5, -0.4], [0.75, 0.7, 0.67]], atol=0.05)
+    tower = mesh.vertices[mesh.vertices[:, 1] > 0.5].mean(axis=0)
+    np.testing.assert_allclose(tower[[0, 2]], [-0.2, -0.2], atol=0.05)
+
+
+def test_the_mesh_is_closed_outward_and_one_piece(asymmetric: Built) -> None:
+    mesh = merged(asymmetric[0])
+    assert mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0
+    assert mesh.body_count == 1
+    assert len(mesh.faces) < 1.1 * OPTIONS.faces
+
+
+def test_normals_and_uv_are_valid(asymmetric: Built) -> None:
+    mesh = asymmetric[0]
+    np.testing.assert_allclose(np.linalg.norm(mesh.vertex_normals, axis=1), 1.0, atol=1e-4)
+    uv = mesh.visual.uv
+    assert np.isfinite(uv).all() and uv.min() >= 0 and uv.max() <= 1
+    material = mesh.visual.material
+    assert material.metallicFactor == 0.0 and material.roughnessFactor == 1.0
+    assert material.baseColorTexture.size == (256, 256)
+
+
+def test_no_white_background_in_the_texture() -> None:
+    dark = np.array([0.1, 0.2, 0.3], np.float32)
+    shape = analytic.asymmetric()
+    color, normal = analytic.six_views(shape, 128, lambda points: np.broadcast_to(dark, points.shape))
+    mixed = (normal == 0).all(-1)
+    for axis in (1, 2):  # outlines half mixed with the background, as every renderer draws them
+        for shift in (1, -1):
+            edge = np.roll(mixed, shift, axis) & ~mixed
+            color[edge] = 0.5 * dark + 0.5
+    field = fit(color, normal, FitOptions(resolution=64, iterations=(5, 10), rays_per_iteration=8000))
+    mesh = build_mesh(field, color, normal, OPTIONS)
+    texture = np.asarray(mesh.visual.material.baseColorTexture, np.float32) / 255
+    assert np.abs(texture - dark).max(axis=-1).mean() < 0.01
+    assert (texture.max(axis=-1) > 0.55).mean() < 0.001
+    colored = build_mesh(field, color, normal, MeshOptions(texture="vertex", faces=4000))
+    seen = np.asarray(colored.visual.vertex_colors)[:, :3] / 255
+    assert np.abs(seen - dark).max(axis=-1).mean() < 0.01
+
+
+def test_colours_land_where_they_belong(asymmetric: Built) -> None:
+    mesh = asymmetric[0]
+    centres = mesh.triangles_center
+    uv = mesh.visual.uv[mesh.faces].mean(axis=1)
+    texture = np.asarray(mesh.visual.material.baseColorTexture, np.float32) / 255
+    size = texture.shape[0]
+    row, column = (np.clip((w * size).astype(int), 0, size - 1) for w in (1 - uv[:, 1], uv[:, 0]))
+    got = texture[row, column]
+    expected = 0.25 + 0.5 * (np.sin(centres * 9.0) * 0.5 + 0.5)
+    side = np.abs(mesh.face_normals[:, 1]) < 0.5  # tops are not seen
+    assert np.abs(got - expected)[side].mean() < 0.05
+
+
+def test_stray_parts_and_cavities_are_dropped_large_parts_kept() -> None:
+    both = np.minimum(sphere_sdf((-0.4, 0, 0), 0.4), sphere_sdf((0.5, 0, 0), 0.35))
+    stray = np.minimum(both, sphere_sdf((0.0, 0.7, 0.5), 0.06))
+    hollow = np.maximum(stray, -sphere_sdf((-0.4, 0, 0), 0.2))
+    surface = extract_surface(field_of(hollow), 0.05)
+    assert is_closed(surface.faces)
+    expected = 4 / 3 * np.pi * (0.4**3 + 0.35**3)
+    assert signed_volumes(surface).sum() == pytest.approx(expected, rel=0.03)
+
+
+def test_a_surface_that_leaves_the_grid_is_closed_and_no_surface_is_an_error() -> None:
+    assert is_closed(extract_surface(field_of(sphere_sdf((0.9, 0, 0), 0.5)), 0.05).faces)
+    with pytest.raises(FitError, match="no volume"):
+        extract_surface(field_of(np.ones_like(X)), 0.05)
+
+
+def test_simplify_surface_stays_closed() -> None:
+    surface = extract_surface(field_of(np.maximum(sphere_sdf((0, 0, 0), 0.7), np.abs(X) - 0.06)), 0.05)
+    smaller = simplify_surface(surface, 600)
+    assert is_closed(smaller.faces) and len(smaller.faces) <= 1200
+    assert signed_volumes(smaller).sum() == pytest.approx(signed_volumes(surface).sum(), rel=0.1)
+    assert simplify_surface(surface, 0) is surface
+
+
+def test_part_pinched_edges() -> None:
+    # Two tetrahedra that share the edge 0-1.
+    vertices = np.array([[0, 0, -1], [0, 0, 1], [1, 1, 0], [1, -1, 0], [-1, 1, 0], [-1, -1, 0]], np.float32)
+    first = [[0, 2, 1], [1, 2, 3], [0, 1, 3], [0, 3, 2]]
+    second = [[0, 1, 4], [1, 5, 4], [0, 5, 1], [0, 4, 5]]
+    faces = np.array(first + second, np.int32)
+    pinched = Surface(vertices, faces)
+    assert not is_closed(pinched.faces)
+    parted = part_pinched_edges(pinched)
+    assert is_closed(parted.faces)
+    again = trimesh.Trimesh(parted.vertices, parted.faces)
+    assert again.is_watertight and again.is_winding_consistent
+
+
+def test_vertex_normals_of_a_sphere_point_outward() -> None:
+    surface = extract_surface(field_of(sphere_sdf((0, 0, 0), 0.6)), 0.05)
+    radial = surface.vertices / np.linalg.norm(surface.vertices, axis=1, keepdims=True)
+    assert (vertex_normals(surface) * radial).sum(axis=1).min() > 0.98
+
+
+def test_mesh_options_are_checked() -> None:
+    for wrong in ({"texture": "none"}, {"faces": 5}, {"texture_px": 1}, {"min_share": 0.0}):
+        with pytest.raises(ValueError, match="MeshOptions"):
+            MeshOptions(**wrong)

@@ -1,0 +1,144 @@
+"""DDIM and guidance against an independent transcription and against diffusers."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from uc3d_rt.contract import NoiseSchedule
+from uc3d_rt.sampler import alpha_bars, ddim, guided, split_prediction, trailing_timesteps
+
+SCHEDULES = {
+    "eps-linear": NoiseSchedule(),
+    "eps-scaled": NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_curve="scaled_linear"),
+    "v-zero-snr": NoiseSchedule(
+        beta_start=0.00085, beta_end=0.012, beta_curve="scaled_linear", zero_terminal_snr=True, prediction="v"
+    ),
+}
+
+
+def toy_network(z_t: np.ndarray, t: float) -> np.ndarray:
+    return np.tanh(0.7 * z_t + 0.001 * t).astype(z_t.dtype)
+
+
+def diffusers_scheduler(schedule: NoiseSchedule):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        diffusers = pytest.importorskip("diffusers")
+        return diffusers.DDIMScheduler(
+            num_train_timesteps=schedule.train_steps,
+            beta_start=schedule.beta_start,
+            beta_end=schedule.beta_end,
+            beta_schedule=schedule.beta_curve,
+            prediction_type="v_prediction" if schedule.prediction == "v" else "epsilon",
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=schedule.zero_terminal_snr,
+            clip_sample=False,
+            set_alpha_to_one=True,
+        )
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_alpha_bars_match_diffusers(name: str) -> None:
+    scheduler = diffusers_scheduler(SCHEDULES[name])
+    np.testing.assert_allclose(alpha_bars(SCHEDULES[name]), scheduler.alphas_cumprod.numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 5, 50])
+def test_ddim_matches_diffusers(name: str, steps: int) -> None:
+    torch = pytest.importorskip("torch")
+    schedule = SCHEDULES[name]
+    z_T = np.random.default_rng(0).standard_normal((6, 8, 4, 4), dtype=np.float32)
+    ours = ddim(lambda z, t, _: (toy_network(z, t), None), z_T, schedule, steps=steps, guidance=1.0)
+
+    scheduler = diffusers_scheduler(schedule)
+    scheduler.set_timesteps(steps)
+    np.testing.assert_array_equal(scheduler.timesteps.numpy(), trailing_timesteps(1000, steps))
+    z_t = torch.from_numpy(z_T)
+    for t in scheduler.timesteps:
+        prediction = torch.from_numpy(toy_network(z_t.numpy(), float(t)))
+        z_t = scheduler.step(prediction, int(t), z_t, eta=0.0).prev_sample
+    # eps at alpha_bar = 4e-5 multiplies rounding by 158 a step; hence relative to the values' size.
+    np.testing.assert_allclose(ours, z_t.numpy(), rtol=2e-3, atol=2e-4 * float(np.abs(ours).max()))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_ddim_matches_the_paper_in_float64(prediction: str) -> None:
+    """Eq. 5-6 and DDIM with eta = 0, written out scalar by scalar."""
+    schedule = NoiseSchedule(train_steps=40, beta_start=1e-3, beta_end=0.05, prediction=prediction)
+    z_T = np.random.default_rng(1).standard_normal((2, 3), dtype=np.float32)
+    ours = ddim(lambda z, t, _: (toy_network(z, t), None), z_T, schedule, steps=8, guidance=1.0)
+
+    alpha_bar, product = [], 1.0
+    for t in range(40):
+        product *= 1.0 - (1e-3 + (0.05 - 1e-3) * t / 39)
+        alpha_bar.append(product)
+    z = z_T.astype(np.float64)
+    for t in range(39, -1, -5):
+        a = alpha_bar[t]
+        out = toy_network(z, float(t))
+        if prediction == "v":
+            eps, z_0 = a**0.5 * out + (1 - a) ** 0.5 * z, a**0.5 * z - (1 - a) ** 0.5 * out
+        else:
+            eps, z_0 = out, (z - (1 - a) ** 0.5 * out) / a**0.5
+        before = alpha_bar[t - 5] if t >= 5 else 1.0
+        z = before**0.5 * z_0 + (1 - before) ** 0.5 * eps
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, z, rtol=1e-5, atol=1e-5)
+
+
+def test_split_prediction_inverts_the_forward_process() -> None:
+    rng = np.random.default_rng(2)
+    z_0, eps = rng.standard_normal((2, 4, 5)).astype(np.float32)
+    a = 0.37
+    z_t = np.float32(a**0.5) * z_0 + np.float32((1 - a) ** 0.5) * eps
+    v = np.float32(a**0.5) * eps - np.float32((1 - a) ** 0.5) * z_0
+    for prediction, kind in ((eps, "eps"), (v, "v")):
+        found_z_0, found_eps = split_prediction(prediction, z_t, a, kind)
+        np.testing.assert_allclose(found_z_0, z_0, atol=1e-5)
+        np.testing.assert_allclose(found_eps, eps, atol=1e-5)
+
+
+def test_guidance_formula_and_rescale() -> None:
+    c, u = np.array([[1.0, 3.0]], np.float32), np.array([[0.0, 1.0]], np.float32)
+    np.testing.assert_allclose(guided(c, u, 3.0), [[3.0, 7.0]])
+    np.testing.assert_allclose(guided(c, u, 1.0), c)
+    np.testing.assert_allclose(guided(c, u, 3.0, rescale=1.0).std(), c.std(), rtol=1e-6)
+
+
+def test_guidance_acts_only_in_its_interval() -> None:
+    asked = []
+
+    def denoise(z, t, acts):
+        asked.append((t, acts))
+        return np.zeros_like(z), np.zeros_like(z) if acts else None
+
+    z_T = np.ones((1, 2), np.float32)
+    ddim(denoise, z_T, NoiseSchedule(), steps=4, guidance=3.0, guidance_interval=(0.3, 0.8))
+    assert asked == [(999.0, False), (749.0, True), (499.0, True), (249.0, False)]
+    asked.clear()
+    ddim(denoise, z_T, NoiseSchedule(), steps=2, guidance=1.0)
+    assert [acts for _, acts in asked] == [False, False]
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_out_of_range(steps: int) -> None:
+    with pytest.raises(ValueError, match="between 1 and 1000"):
+        trailing_timesteps(1000, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 30, 999, 1000])
+def test_trailing_timesteps_fall_from_the_last(steps: int) -> None:
+    t = trailing_timesteps(1000, steps)
+    assert len(t) == steps and t[0] == 999 and (np.diff(t) < 0).all() and t[-1] >= 0
+
+
+def test_on_step_counts() -> None:
+    seen = []
+    z_T = np.ones((1, 1), np.float32)
+    ddim(lambda z, t, _: (z, None), z_T, NoiseSchedule(), steps=3, guidance=1.0,
+         on_step=lambda done, total: seen.append((done, total)))  # fmt: skip
+    assert seen == [(1, 3), (2, 3), (3, 3)]

@@ -1,0 +1,1 @@
+"""The PyTorch tree that makes the regularised multiview model."""

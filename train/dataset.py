@@ -1,0 +1,360 @@
+"""Training variants and evaluation samples, rendered from object files.
+
+A variant is one object, turned, scaled and coloured at random, with its six target views and one or
+more input views.  The random numbers of a variant depend on the seed, the object's name and the
+variant's number alone, so the order of work and the number of workers change nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from train.augment import (
+    PAIR_SHARE,
+    Variation,
+    normalizing_placement,
+    pair_of,
+    random_input_camera,
+    random_light,
+    random_variation,
+    tight_window,
+    yaw_matrix,
+)
+from train.objects import Object, load_object
+from train.render import TARGET_LIGHT, Scene, View
+from uc3d_rt.errors import ImageError
+from uc3d_rt.preprocess import frame_object
+from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS
+
+ByteArray = NDArray[np.uint8]
+FloatArray = NDArray[np.float32]
+
+IMAGE_PX = 256
+
+INPUT_OVERSAMPLE = 1.125
+"""Input views are rendered this much larger than the square they are framed into."""
+
+INPUT_FILL = 0.95
+"""Share of the rendered input that the object's longer side fills, so framing shrinks it by about a
+fifth and never enlarges it."""
+
+MAX_ATTEMPTS = 8
+"""Draws of a variant until its input views show something; a sheet can stand edge-on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One training sample."""
+
+    color: torch.Tensor  # (6, P, P, 3) uint8, on the render device
+    normal: torch.Tensor  # (6, P, P, 3) uint8, on the render device
+    inputs: ByteArray  # (M, P, P, 3), framed as the runtime frames a picture
+    focal: FloatArray  # (M,) f~; 0 is orthographic
+    elevation_deg: FloatArray  # (M,)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalSample:
+    """An object as it is, its six target views, and one input picture."""
+
+    input_rgba: ByteArray  # (H, W, 4), straight alpha
+    focal_mm: float | None  # None is orthographic
+    elevation_deg: float
+    yaw_deg: float  # the object's front stands at this azimuth
+    color: ByteArray  # (6, P, P, 3)
+    normal: ByteArray  # (6, P, P, 3)
+    object_to_world: FloatArray  # (3, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The views of one variant."""
+
+    targets: tuple[View, ...]
+    inputs: tuple[View, ...]
+
+
+def variant_rng(seed: int, name: str, variant: int, attempt: int = 0) -> np.random.Generator:
+    """The random numbers of one variant of the object of that name."""
+    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest[:8], "little"), variant, attempt])
+
+
+def render_variant(
+    scene: Scene,
+    rng: np.random.Generator,
+    num_inputs: int,
+    augment: bool = True,
+    *,
+    image_px: int = IMAGE_PX,
+    samples: int = 2,
+) -> Variant:
+    """Draw and render one variant of the scene's object.
+
+    Args:
+        scene: the object on its device.
+        rng: decides yaw, augmentation and input views.
+        num_inputs: M input views.
+        augment: False keeps the object's shape and colours; its yaw and input views stay random.
+        image_px: side P of every image.
+
+    Raises:
+        ValueError: the input views show nothing, in `MAX_ATTEMPTS` draws.
+    """
+    for _attempt in range(MAX_ATTEMPTS):
+        plan = _plan_variant(scene.object, rng, num_inputs, augment)
+        try:
+            pictures = _render_inputs(scene, plan.inputs, image_px, samples)
+            inputs = [frame_object(rgba, image_px) for rgba in pictures]
+        except ImageError:
+            continue
+        targets = scene.render_torch(plan.targets, image_px, samples)
+        return _variant(targets.color, targets.normal, inputs, plan, image_px)
+    raise ValueError(
+        f"{scene.object.name} shows nothing in {MAX_ATTEMPTS} draws of its input views; "
+        "it is too thin, remove it"
+    )
+
+
+def render_folder(
+    objects: Sequence[Path],
+    device: str = "cpu",
+    variants: int = 12,
+    inputs: int = 2,
+    seed: int = 0,
+    workers: int = 4,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    image_px: int = IMAGE_PX,
+    samples: int = 2,
+    augment: bool = True,
+) -> Iterator[tuple[int, int, Variant]]:
+    """Stream `variants` variants of every object, in order: `(object index, variant index, variant)`.
+
+    Threads read objects ahead and frame inputs behind; the device renders between them.  With
+    `augment`, about a tenth of the variants show the object beside another one of `objects`.
+
+    Args:
+        objects: files, as from `find_objects`.
+        device: "cpu" or "cuda:0"; target images stay there.
+        inputs: input views a variant.
+        workers: threads for reading, and as many for framing.
+        on_progress: called with (objects done, objects in all).
+
+    Raises:
+        ValueError: an object file is unreadable, or too thin to be seen.
+    """
+    if not objects or variants < 1 or workers < 1:
+        raise ValueError(
+            "needs at least one object, variant and worker; "
+            f"got {len(objects)} objects, {variants=}, {workers=}"
+        )
+    ahead = 2 * workers
+    with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(workers) as framers:
+        reading: deque[Future[list[_Group]]] = deque()
+        framing: deque[_Rendered] = deque()
+        try:
+            for index in range(len(objects) + ahead):
+                if index < len(objects):
+                    job = readers.submit(_read_groups, objects, index, variants, inputs, seed, augment)
+                    reading.append(job)
+                if index < ahead - 1 or not reading:
+                    continue
+                done = index - ahead + 1
+                groups = reading.popleft().result()
+                framing.append(_render_groups(groups, device, done, image_px, samples, framers))
+                if len(framing) > 2:
+                    yield from _framed(framing.popleft(), device, seed, inputs, augment, image_px, samples)
+                if on_progress is not None:
+                    on_progress(done + 1, len(objects))
+            while framing:
+                yield from _framed(framing.popleft(), device, seed, inputs, augment, image_px, samples)
+        finally:
+            readers.shutdown(wait=False, cancel_futures=True)
+            framers.shutdown(wait=False, cancel_futures=True)
+
+
+def ground_truth(
+    path: Path,
+    camera_seed: int = 0,
+    *,
+    device: str = "cpu",
+    image_px: int = IMAGE_PX,
+    input_px: int = 512,
+    samples: int = 3,
+) -> EvalSample:
+    """An object as its file has it, seen from a random azimuth that `camera_seed` and its name decide.
+
+    Raises:
+        ValueError: the file is unreadable.
+    """
+    obj = load_object(path)
+    rng = variant_rng(camera_seed, obj.name, 0)
+    yaw = float(rng.uniform(0.0, 360.0))
+    placement = normalizing_placement(obj.vertices, yaw_matrix(yaw))
+    camera = random_input_camera(rng)
+    light = replace(random_light(rng, camera), tint=(1.0, 1.0, 1.0), exposure=1.0)
+    window = tight_window(obj.vertices, placement, camera, fill=0.9)
+    with Scene(obj, device) as scene:
+        targets = scene.render([View(c, placement) for c in TARGET_CAMERAS], image_px, samples)
+        view = View(camera, placement, light, window=window)
+        picture = scene.render([view], input_px, samples, straight_alpha=True)
+    return EvalSample(
+        input_rgba=np.concatenate([picture.color[0], picture.alpha[0, ..., None]], axis=-1),
+        focal_mm=camera.focal_mm,
+        elevation_deg=camera.elevation_deg,
+        yaw_deg=yaw,
+        color=targets.color,
+        normal=targets.normal,
+        object_to_world=placement,
+    )
+
+
+def _plan_variant(obj: Object, rng: np.random.Generator, num_inputs: int, augment: bool) -> _Plan:
+    if augment:
+        variation = random_variation(obj.vertices, rng)
+    else:
+        placement = normalizing_placement(obj.vertices, yaw_matrix(rng.uniform(0.0, 360.0)))
+        variation = Variation(placement, np.eye(3, dtype=np.float32), 1.0)
+    shown = View(
+        TARGET_CAMERAS[0],
+        variation.object_to_world,
+        TARGET_LIGHT,
+        variation.color_matrix,
+        variation.brightness,
+    )
+    targets = tuple(replace(shown, camera=camera) for camera in TARGET_CAMERAS)
+    inputs = []
+    for _ in range(num_inputs):
+        camera = random_input_camera(rng)
+        window = tight_window(obj.vertices, variation.object_to_world, camera, INPUT_FILL)
+        inputs.append(replace(shown, camera=camera, light=random_light(rng, camera), window=window))
+    return _Plan(targets, tuple(inputs))
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Variants that share one object (or pair), and so one scene."""
+
+    object: Object
+    plans: tuple[tuple[int, _Plan], ...]  # (variant index, its views)
+
+
+def _subject(
+    objects: Sequence[Path], index: int, obj: Object, rng: np.random.Generator, augment: bool
+) -> Object:
+    """The object itself or, for a share of the variants, a pair with another one."""
+    if not augment or rng.random() >= PAIR_SHARE or len(objects) == 1:
+        return obj
+    other = (index + int(rng.integers(1, len(objects)))) % len(objects)
+    return pair_of(obj, load_object(objects[other]), rng)
+
+
+def _read_groups(
+    objects: Sequence[Path], index: int, variants: int, inputs: int, seed: int, augment: bool
+) -> list[_Group]:
+    obj = load_object(objects[index])
+    groups: list[_Group] = []
+    alone = []
+    for variant in range(variants):
+        rng = variant_rng(seed, obj.name, variant)
+        subject = _subject(objects, index, obj, rng, augment)
+        plan = _plan_variant(subject, rng, inputs, augment)
+        if subject is obj:
+            alone.append((variant, plan))
+        else:
+            groups.append(_Group(subject, ((variant, plan),)))
+    return [_Group(obj, tuple(alone)), *groups] if alone else groups
+
+
+def _render_inputs(scene: Scene, views: Sequence[View], image_px: int, samples: int) -> ByteArray:
+    """(M, H, H, 4) straight alpha on the host."""
+    size_px = round(image_px * INPUT_OVERSAMPLE)
+    if not views:
+        return np.zeros((0, size_px, size_px, 4), np.uint8)
+    images = scene.render_torch(views, size_px, samples, straight_alpha=True)
+    return torch.cat([images.color, images.alpha[..., None]], dim=-1).cpu().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class _RenderedVariant:
+    group: _Group
+    plan: _Plan
+    color: torch.Tensor
+    normal: torch.Tensor
+    inputs: list[Future[ByteArray]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Rendered:
+    """All variants of one object, their inputs on the way through `frame_object`."""
+
+    index: int
+    variants: dict[int, _RenderedVariant]
+
+
+def _render_groups(
+    groups: list[_Group], device: str, index: int, image_px: int, samples: int, framers: ThreadPoolExecutor
+) -> _Rendered:
+    rendered: dict[int, _RenderedVariant] = {}
+    for group in groups:
+        with Scene(group.object, device) as scene:
+            targets = scene.render_torch(
+                [view for _, plan in group.plans for view in plan.targets], image_px, samples
+            )
+            pictures = _render_inputs(
+                scene, [view for _, plan in group.plans for view in plan.inputs], image_px, samples
+            )
+        used = 0
+        for k, (variant, plan) in enumerate(group.plans):
+            own = pictures[used : used + len(plan.inputs)]
+            used += len(plan.inputs)
+            six = slice(k * NUM_VIEWS, (k + 1) * NUM_VIEWS)
+            rendered[variant] = _RenderedVariant(
+                group,
+                plan,
+                targets.color[six],
+                targets.normal[six],
+                [framers.submit(frame_object, rgba, image_px) for rgba in own],
+            )
+    return _Rendered(index, rendered)
+
+
+def _framed(
+    rendered: _Rendered, device: str, seed: int, num_inputs: int, augment: bool, image_px: int, samples: int
+) -> Iterator[tuple[int, int, Variant]]:
+    for number, variant in sorted(rendered.variants.items()):
+        try:
+            inputs = [future.result() for future in variant.inputs]
+        except ImageError:  # nothing to see: draw again, from numbers of its own
+            rng = variant_rng(seed, variant.group.object.name, number, attempt=1)
+            with Scene(variant.group.object, device) as scene:
+                again = render_variant(scene, rng, num_inputs, augment, image_px=image_px, samples=samples)
+            yield rendered.index, number, again
+        else:
+            yield (
+                rendered.index,
+                number,
+                _variant(variant.color, variant.normal, inputs, variant.plan, image_px),
+            )
+
+
+def _variant(
+    color: torch.Tensor, normal: torch.Tensor, inputs: Sequence[ByteArray], plan: _Plan, image_px: int
+) -> Variant:
+    return Variant(
+        color=color,
+        normal=normal,
+        inputs=np.stack(inputs) if inputs else np.zeros((0, image_px, image_px, 3), np.uint8),
+        focal=np.array([view.camera.normalized_focal for view in plan.inputs], np.float32),
+        elevation_deg=np.array([view.camera.elevation_deg for view in plan.inputs], np.float32),
+    )

@@ -1,0 +1,81 @@
+"""The losses of Sec. 3, one function each, symbols as in the paper.
+
+Shapes: V views, K draws or pairs, `(..., c, h, w)` latents.  Sums over views follow the paper;
+sums over the entries of a feature or latent are means here, so that the weights do not depend on
+the resolution (`LossWeights` says where that matters).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def noisy_latent(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Eq. 6: `z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps`.
+
+    Args:
+        z_0: latents (b, V, c, h, w).
+        eps: noise of the same shape.
+        alpha_bar: (b,), of each sample's timestep.
+    """
+    a = alpha_bar.reshape(-1, *[1] * (z_0.dim() - 1))
+    return a.sqrt() * z_0 + (1.0 - a).sqrt() * eps
+
+
+def velocity(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """`v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0`, shapes as in `noisy_latent`."""
+    a = alpha_bar.reshape(-1, *[1] * (z_0.dim() - 1))
+    return a.sqrt() * eps - (1.0 - a).sqrt() * z_0
+
+
+def predicted_z_0(prediction: Tensor, z_t: Tensor, alpha_bar: Tensor, kind: str) -> Tensor:
+    """The clean latent that a prediction of `eps` or `v` implies at `z_t`."""
+    a = alpha_bar.reshape(-1, *[1] * (z_t.dim() - 1))
+    if kind == "v":
+        return a.sqrt() * z_t - (1.0 - a).sqrt() * prediction
+    return (z_t - (1.0 - a).sqrt() * prediction) / a.sqrt()
+
+
+def diffusion_loss(prediction: Tensor, z_0: Tensor, eps: Tensor, alpha_bar: Tensor, kind: str) -> Tensor:
+    """Eq. 9, summed over views, mean over batch and latent entries.
+
+    With `kind="v"` the squared error is that of `v`, which is Eq. 9 weighted by `1 / alpha_bar`:
+    `||v - v^||^2 = ||eps - eps^||^2 / alpha_bar` for the eps that v implies at the same `z_t`.
+
+    Args:
+        prediction: network output (b, V, c, h, w).
+    """
+    target = velocity(z_0, eps, alpha_bar) if kind == "v" else eps
+    per_view = (prediction.float() - target.float()).square().mean(dim=(0, 2, 3, 4))  # (V,)
+    return per_view.sum()
+
+
+def variance_loss(features: Tensor) -> Tensor:
+    """Eq. 11-13: variance of bottleneck features over noise draws, summed over views.
+
+    Args:
+        features: (b, K, V, D): objects, draws of the same z_0 at the same t, views, entries.
+
+    Returns:
+        Scalar: mean over objects and entries (the paper sums over entries), sum over views.
+    """
+    f = features.float()
+    mu = f.mean(dim=1, keepdim=True)  # mu_f of Eq. 11
+    variance = (f - mu).square().mean(dim=1)  # (b, V, D)
+    return variance.mean(dim=(0, 2)).sum()  # Eq. 13
+
+
+def mutual_information_loss(color: Tensor, normal: Tensor, temperature: float) -> Tensor:
+    """Eq. 16-17: InfoNCE between colour and normal embeddings, summed over views.
+
+    Args:
+        color: unit embeddings (V, K, D) of K colour images a view, from different objects.
+        normal: those of their normal maps; pair k is positive, every other is negative.
+        temperature: tau.
+    """
+    similarity = F.normalize(color.float(), dim=-1) @ F.normalize(normal.float(), dim=-1).transpose(1, 2)
+    logits = similarity / temperature  # (V, K, K)
+    target = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape[:-1])
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten()) * logits.shape[0]

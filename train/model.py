@@ -1,0 +1,122 @@
+"""What is optimised: image encoder, multiview UNet and projection heads, with the losses of Eq. 18."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from uc3d_rt.contract import FOCAL_UNKNOWN
+from uc3d_rt.sampler import alpha_bars
+
+from train.image_encoder import ImageEncoder
+from train.losses import (
+    diffusion_loss,
+    mutual_information_loss,
+    noisy_latent,
+    predicted_z_0,
+    variance_loss,
+)
+from train.multiview_unet import MultiviewUNet
+from train.presets import Preset
+from train.projection_heads import ProjectionHeads
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's samples on a device; b objects, V views."""
+
+    z_0: Tensor  # (b, V, 8, h, w) scaled [colour; normal] latents
+    image: Tensor  # (b, 3, H, W) input views in [0, 1]
+    image_latent: Tensor  # (b, 4, h, w) E(y)
+    focal: Tensor  # (b,) f~
+
+
+class MultiviewModel(nn.Module):
+    """The trained networks; `forward` gives the losses, so that one wrapper serves DDP and FSDP."""
+
+    alpha_bar: Tensor
+
+    def __init__(self, preset: Preset, unet: MultiviewUNet | None = None) -> None:
+        super().__init__()
+        self.preset = preset
+        self.encoder = ImageEncoder(preset.encoder)
+        self.unet = unet if unet is not None else MultiviewUNet(preset.unet)
+        self.heads = ProjectionHeads(preset.heads)
+        alpha_bar = torch.from_numpy(alpha_bars(preset.schedule)).float()
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+
+    def forward(self, batch: Batch, vae: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """Losses of one batch (Eq. 18); `vae` is frozen and only decodes x^_0 for L_MI.
+
+        The first `var_objects` objects share one timestep and, draw by draw, one noise, and get
+        `var_draws` draws each (Eq. 10, and the negatives of Eq. 16); the others get one draw at a
+        timestep of their own.  The unconditional branch is trained on the others only.
+        """
+        spec, weights = self.preset.train, self.preset.train.losses
+        b, device = batch.z_0.shape[0], batch.z_0.device
+        group, draws = min(weights.var_objects, b), weights.var_draws
+        regularised = weights.lambda_var > 0 or weights.lambda_mi > 0
+        if not regularised:
+            group, draws = 0, 1
+
+        def random(*shape: int) -> Tensor:
+            return torch.rand(shape, device=device, generator=generator)
+
+        t = (random(b) * self.preset.schedule.train_steps).long()
+        t[:group] = t[0]
+        eps = torch.randn(batch.z_0.shape, device=device, generator=generator)
+        eps[:group] = eps[:1]
+        drop = random(b) < spec.drop_image
+        drop[:group] = False
+        focal = torch.where(random(b) < spec.drop_focal, FOCAL_UNKNOWN, batch.focal)
+
+        # Second and later draws of the group: same z_0, same t, new noise shared by the group.
+        more = torch.arange(group, device=device).repeat(draws - 1)
+        rows = torch.cat([torch.arange(b, device=device), more])
+        if draws > 1 and group:
+            extra = torch.randn((draws - 1, 1, *batch.z_0.shape[1:]), device=device, generator=generator)
+            eps = torch.cat([eps, extra.expand(-1, group, *extra.shape[2:]).flatten(0, 1)])
+
+        keep = (~drop).to(batch.z_0.dtype)
+        tokens = self.encoder(batch.image) * keep[:, None, None]
+        image_latent = batch.image_latent * keep[:, None, None, None]
+        z_0, t, focal = batch.z_0[rows], t[rows], focal[rows]
+        alpha_bar = self.alpha_bar[t]
+        z_t = noisy_latent(z_0, eps, alpha_bar)
+        prediction = self.unet(z_t.flatten(0, 1), t.float(), tokens[rows], image_latent[rows], focal)
+        prediction = prediction.reshape(z_0.shape).float()
+
+        kind = self.preset.schedule.prediction
+        losses = {"diffusion": diffusion_loss(prediction, z_0, eps, alpha_bar, kind)}
+        total = losses["diffusion"]
+        if weights.lambda_var > 0:
+            features = self.unet.mid_features
+            assert features is not None
+            features = features.reshape(rows.numel(), z_0.shape[1], -1)
+            paired = torch.stack([features[:group], *features[b:].split(group)], dim=1)
+            losses["var"] = variance_loss(paired)
+            total = total + weights.lambda_var * losses["var"]
+        if weights.lambda_mi > 0:
+            losses["mi"] = self.contrast(prediction, z_t, alpha_bar, vae, generator)
+            total = total + weights.lambda_mi * losses["mi"]
+        return losses | {"total": total}
+
+    def contrast(
+        self, prediction: Tensor, z_t: Tensor, alpha_bar: Tensor, vae: nn.Module, generator: torch.Generator
+    ) -> Tensor:
+        """L_MI of `mi_views` views drawn at random, scaled to the sum over all views (Eq. 17)."""
+        weights = self.preset.train.losses
+        k, all_views, c = weights.mi_objects, z_t.shape[1], z_t.shape[2] // 2
+        views = torch.randperm(all_views, device=z_t.device, generator=generator)[: weights.mi_views]
+        z_0 = predicted_z_0(prediction[:k], z_t[:k], alpha_bar[:k], self.preset.schedule.prediction)
+        z_0 = z_0[:, views].transpose(0, 1)  # (views, K, 8, h, w)
+        latents = torch.cat([z_0[:, :, :c], z_0[:, :, c:]], dim=0).flatten(0, 1)
+        images = vae.decode(latents).clamp(0.0, 1.0)
+        color, normal = images.chunk(2)
+        color_embedding, normal_embedding = self.heads(color, normal)
+        shape = (views.numel(), -1, color_embedding.shape[-1])
+        loss = mutual_information_loss(
+            color_embedding.reshape(shape), normal_embedding.reshape(shape), weights.temperature
+        )
+        return loss * (all_views / views.numel())

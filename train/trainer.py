@@ -1,0 +1,335 @@
+"""Training: the autoencoder, then the multiview model on cached latents.
+
+`accelerate` places both on one or many GPUs.  Every step draws its data, noise and timesteps from a
+generator seeded by (seed, rank, step), so a resumed run goes on exactly as the one that stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from train.cache import LatentCache
+from train.checkpoint import load_state, named_parameters, restore_optimizer, save_checkpoint
+from train.metrics import normal_error_deg, psnr, silhouette_iou
+from train.model import MultiviewModel
+from train.multiview_unet import MultiviewBlock
+from train.presets import Preset
+from train.sampling import sample_views
+from train.sheets import contact_sheet, loss_curves, view_row
+from train.vae import Vae, vae_loss
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Objects kept out of training, looked at while it runs."""
+
+    picture: np.ndarray  # (n, H, W, 3) uint8, framed inputs
+    focal: np.ndarray  # (n,)
+    color: np.ndarray  # (n, 6, H, W, 3) in [0, 1]
+    normal: np.ndarray  # (n, 6, H, W, 3) unit normals
+    mask: np.ndarray  # (n, 6, H, W)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a user sets for one run."""
+
+    out: Path
+    seed: int = 0
+    minutes: float | None = None  # plan the number of steps from the measured speed instead
+    save_every: int = 1000
+    sheet_every: int = 1000
+    log_every: int = 20
+    compile: bool = False
+    resume: bool = False
+    start_from: Path | None = None  # begin with another checkpoint's EMA weights
+
+
+def step_generator(device: torch.device, seed: int, rank: int, step: int) -> torch.Generator:
+    """All random numbers of one step on one process."""
+    key = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device=device).manual_seed(int(key) >> 1)
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float, final: float) -> float:
+    """Linear warm-up, then a cosine from `peak` to `final` at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final + 0.5 * (peak - final) * (1.0 + math.cos(math.pi * progress))
+
+
+class Planner:
+    """Fixes the number of steps: given, or what fits into the minutes at the speed measured."""
+
+    def __init__(self, steps: int, minutes: float | None, measure: tuple[int, int] = (40, 140)) -> None:
+        self.total, self.minutes, self.measure = steps, minutes, measure
+        self.begin = self.mark = time.monotonic()
+
+    def update(self, step: int, accelerator: Accelerator) -> None:
+        """Call after every step of a run that counts from 0; the main process decides for all."""
+        if self.minutes is None:
+            return
+        if step == self.measure[0]:
+            torch.cuda.synchronize() if accelerator.device.type == "cuda" else None
+            self.mark = time.monotonic()
+        if step == self.measure[1]:
+            torch.cuda.synchronize() if accelerator.device.type == "cuda" else None
+            now = time.monotonic()
+            rate = (self.measure[1] - self.measure[0]) / (now - self.mark)
+            left = self.minutes * 60 - (now - self.begin)
+            decided = torch.tensor([step + max(1, int(rate * left))], device=accelerator.device)
+            if accelerator.num_processes > 1:
+                torch.distributed.broadcast(decided, 0)
+            self.total = int(decided.item())
+            accelerator.print(
+                f"{rate:.2f} steps/s: {self.total} steps fit into {self.minutes} minutes", flush=True
+            )
+
+
+def train_vae(
+    preset: Preset,
+    images: Tensor,
+    out: Path,
+    *,
+    steps: int,
+    minutes: float | None,
+    batch: int,
+    lr: float,
+    seed: int,
+) -> Vae:
+    """Train the autoencoder on images (n, H, W, 3) uint8 that lie on this process's device."""
+    accelerator = Accelerator(mixed_precision="bf16" if images.is_cuda else "no")
+    torch.manual_seed(seed)
+    vae = Vae(preset.vae).to(accelerator.device)
+    if images.is_cuda:
+        vae = vae.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    step_of = accelerator.prepare_model(_VaeStep(vae)) if accelerator.num_processes > 1 else _VaeStep(vae)
+    planner, progress = (
+        Planner(steps, minutes),
+        tqdm(total=steps, desc="vae", disable=not accelerator.is_main_process, mininterval=5),
+    )
+    average: dict[str, Tensor] = {}
+    step = 0
+    while step < planner.total:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, planner.total, 200, lr, lr * 0.02)
+        generator = step_generator(accelerator.device, seed, accelerator.process_index, step)
+        rows = torch.randint(images.shape[0], (batch,), device=images.device, generator=generator)
+        picture = images[rows].permute(0, 3, 1, 2).float() / 255.0
+        with accelerator.autocast():
+            loss = step_of(picture, generator)
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_average(average, vae, min(0.999, (1 + step) / (10 + step)))
+        step += 1
+        planner.update(step, accelerator)
+        progress.total = planner.total
+        progress.update()
+        if step % 200 == 0:
+            progress.set_postfix(loss=f"{float(loss.detach()):.4f}")
+    vae.load_state_dict(average | {k: v for k, v in vae.state_dict().items() if k not in average})
+    vae.eval().requires_grad_(False)
+    generator = step_generator(accelerator.device, seed, 0, 1 << 30)
+    rows = torch.randint(images.shape[0], (2048,), device=images.device, generator=generator)
+    picture = images[rows].permute(0, 3, 1, 2).float() / 255.0
+    vae.normalize_latents(picture)
+    if accelerator.is_main_process:
+        with torch.no_grad():
+            decoded = torch.cat(
+                [vae.decode(vae.encode(part)).clamp(0, 1) for part in picture[:512].split(64)]
+            )
+        error = (decoded - picture[:512]).square().mean(dim=(1, 2, 3)).cpu().numpy()
+        quality = float(np.mean(-10 * np.log10(error)))
+        print(f"vae: {step} steps, mean PSNR {quality:.2f} dB on training images", flush=True)
+        if quality < 15.0:
+            raise FloatingPointError(f"the autoencoder collapsed ({quality:.1f} dB); lower the learning rate")
+        out.mkdir(parents=True, exist_ok=True)
+        from safetensors.torch import save_file
+
+        save_file(named_parameters(vae), out / "vae.safetensors")
+    accelerator.wait_for_everyone()
+    return vae
+
+
+class _VaeStep(torch.nn.Module):
+    """The loss as a forward pass, for the distributed wrapper."""
+
+    def __init__(self, vae: Vae) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, picture: Tensor, generator: torch.Generator) -> Tensor:
+        return vae_loss(self.vae, picture, generator=generator)
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], model: torch.nn.Module, decay: float) -> None:
+    """Exponential moving average of the parameters, in float32, in place."""
+    named = dict(model.named_parameters())
+    if not average:
+        average.update({name: value.detach().float().clone() for name, value in named.items()})
+        return
+    torch._foreach_lerp_(
+        list(average.values()), [named[name].detach().float() for name in average], 1.0 - decay
+    )
+
+
+def compile_blocks(model: MultiviewModel) -> None:
+    """Compile the repeated blocks: most of the gain of compiling the whole network, in less time."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    torch._dynamo.config.recompile_limit = 64
+    for module in model.unet.modules():
+        if isinstance(module, ResnetBlock2D | MultiviewBlock):
+            module.compile(dynamic=False)
+    for block in model.encoder.blocks:
+        block.compile(dynamic=False)
+
+
+def train_model(
+    preset: Preset, cache: LatentCache, vae: Vae, watch: Watch | None, options: RunOptions
+) -> Path:
+    """Train the multiview model (Eq. 18); returns the folder of the last checkpoint."""
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    device, spec = accelerator.device, preset.train
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(options.seed)
+    model = MultiviewModel(preset).to(device)
+    if spec.losses.lambda_mi == 0:
+        model.heads.requires_grad_(False)
+    vae = vae.to(device)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=spec.lr, betas=(0.9, 0.99), weight_decay=spec.weight_decay, fused=device.type == "cuda"
+    )
+    folder = options.out / "checkpoint"
+    average: dict[str, Tensor] = {}
+    step, history, planner = 0, [], Planner(spec.steps, options.minutes)
+    if options.resume:
+        state = load_state(folder)
+        step, history = int(state["step"]), list(state["history"])
+        planner.total, planner.minutes = int(state["total_steps"]), None
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        average.update(load_file(folder / "ema.safetensors", device=str(device)))
+        restore_optimizer(optimizer, load_file(folder / "optimizer.safetensors", device=str(device)))
+    elif options.start_from is not None:
+        model.load_state_dict(load_file(options.start_from / "ema.safetensors"), strict=False)
+    if options.compile:
+        compile_blocks(model)
+    wrapped = accelerator.prepare_model(model)
+    options.out.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(
+        total=planner.total,
+        initial=step,
+        desc=preset.name,
+        disable=not accelerator.is_main_process,
+        mininterval=5,
+    )
+
+    def record() -> dict[str, Any]:
+        return {
+            "step": step, "total_steps": planner.total, "batch": spec.batch * accelerator.num_processes,
+            "seed": options.seed, "history": history,
+        }  # fmt: skip
+
+    sums: dict[str, Tensor] = {}
+    while step < planner.total:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, planner.total, spec.warmup, spec.lr, spec.lr_final)
+        generator = step_generator(device, options.seed, accelerator.process_index, step)
+        batch = cache.draw(spec.batch, generator)
+        with accelerator.autocast():
+            losses = wrapped(batch, vae, generator)
+        accelerator.backward(losses["total"])
+        norm = torch.nn.utils.clip_grad_norm_(trainable, spec.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_average(average, model, min(spec.ema_decay, (1 + step) / (10 + step)))
+        step += 1
+        for name, value in {**losses, "grad_norm": norm}.items():
+            sums[name] = sums.get(name, 0) + value.detach()
+        planner.update(step, accelerator)
+        progress.total = planner.total
+        progress.update()
+        last = step == planner.total
+        if accelerator.is_main_process and (step % options.log_every == 0 or last):
+            count = options.log_every if step % options.log_every == 0 else step % options.log_every
+            history.append({"step": step, **{name: float(value) / count for name, value in sums.items()}})
+            sums = {}
+            if not math.isfinite(history[-1]["total"]):
+                raise FloatingPointError(
+                    f"the loss is {history[-1]['total']} at step {step}; lower the learning rate"
+                )
+            progress.set_postfix({k: f"{history[-1][k]:.4f}" for k in losses})
+            with (options.out / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(history[-1]) + "\n")
+        if accelerator.is_main_process and (step % options.save_every == 0 or last):
+            save_checkpoint(
+                folder,
+                preset=preset,
+                model=model,
+                ema=full_average(average, model),
+                vae=vae,
+                optimizer=optimizer,
+                state=record(),
+            )
+            loss_curves(options.out / "loss.png", history)
+        if accelerator.is_main_process and watch is not None and (step % options.sheet_every == 0 or last):
+            look(preset, full_average(average, model), vae, watch, options.out / f"sheet-{step:06d}.png")
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def full_average(average: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
+    """The averaged parameters with the buffers that need no average."""
+    return {name: average.get(name, value).detach() for name, value in model.state_dict().items()}
+
+
+def look(
+    preset: Preset, weights: dict[str, Tensor], vae: Vae, watch: Watch, path: Path, steps: int = 25
+) -> None:
+    """Sample the watched objects with the averaged weights; write a sheet and print the figures."""
+    device = next(vae.buffers()).device
+    model = MultiviewModel(preset).to(device).eval()
+    model.load_state_dict(weights)
+    picture = torch.from_numpy(watch.picture).to(device).permute(0, 3, 1, 2).float() / 255.0
+    focal = torch.from_numpy(watch.focal).to(device)
+    for guidance in (1.0, preset.sampling.guidance):
+        color, normal, mask = sample_views(model, vae, picture, focal, steps=steps, guidance=guidance)
+        figures = {
+            "psnr": np.mean([psnr(a, b) for a, b in zip(color, watch.color, strict=True)]),
+            "iou": np.mean([silhouette_iou(a, b) for a, b in zip(mask, watch.mask, strict=True)]),
+            "normal_deg": np.nanmean(
+                [normal_error_deg(*pair) for pair in zip(normal, watch.normal, mask, watch.mask, strict=True)]
+            ),
+        }
+        print(
+            f"{path.stem} guidance {guidance}: " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()),
+            flush=True,
+        )
+    rows = [
+        [view_row(color[i], normal[i]), view_row(watch.color[i], watch.normal[i])]
+        for i in range(min(16, len(color)))
+    ]
+    contact_sheet(path, list(watch.picture[:16]), rows)
+
+
+def with_train(preset: Preset, **changes: Any) -> Preset:
+    """A preset with some of its optimisation settings replaced; None leaves one as it is."""
+    return replace(preset, train=replace(preset.train, **{k: v for k, v in changes.items() if v is not None}))
