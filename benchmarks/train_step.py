@@ -46,7 +46,7 @@ def main(profile: str, batch: int | None, steps: int, compile_: bool, channels_l
         image=picture,
         image_latent=latent[:, :1, : shape.latent_channels].half(),
         focal=torch.zeros(count, 1, device=device),
-        object_index=torch.arange(count, device=device),
+        objects=count,
     )
     optimizer = torch.optim.AdamW(model.parameters(), fused=half)
     size, times = batch or preset.train.batch, []

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from train.checkpoint import load_vae, preset_of
+from train.checkpoint import load_vae, load_weights, preset_of
 from train.model import MultiviewModel
 from train.presets import Preset
 from train.vae import Vae
@@ -36,8 +35,7 @@ def load_networks(checkpoint: Path) -> tuple[Preset, dict[str, nn.Module]]:
     """The averaged weights of a checkpoint as the contract's five modules, float32, on the CPU."""
     preset = preset_of(checkpoint)
     model = MultiviewModel(preset)
-    weights = {name: value.float() for name, value in load_file(checkpoint / "ema.safetensors").items()}
-    model.load_state_dict(weights)
+    load_weights(model, checkpoint / "ema.safetensors", "give the folder of a whole checkpoint")
     vae = load_vae(checkpoint, preset)
     networks: dict[str, nn.Module] = {
         "image_encoder": model.encoder,

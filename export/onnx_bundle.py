@@ -12,6 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+
+from export.networks import example_inputs, load_networks
+from export.weights import store_weights_int8
+from train.checkpoint import load_state
+from train.presets import Preset
 from uc3d_rt.contract import (
     NETWORK_NAMES,
     Manifest,
@@ -21,11 +26,6 @@ from uc3d_rt.contract import (
     save_manifest,
     sha256_of,
 )
-
-from export.networks import example_inputs, load_networks
-from export.weights import store_weights_int8
-from train.checkpoint import load_state
-from train.presets import Preset
 
 OPSET = 18
 PARITY_LIMIT = 1e-3

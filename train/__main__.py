@@ -183,7 +183,7 @@ def model(
     if objects is not None and state.is_main_process:
         watch = watched(training_objects(objects)[1][:40], device_name(state), preset.vae.image_px)
     data = load_cache(cache_folder, net, state.device)
-    state.print(f"{data.z_0.shape[0]} variants of {int(data.object_index.max()) + 1} objects")
+    state.print(f"{data.z_0.shape[0]} variants of {data.objects} objects")
     options = RunOptions(
         out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
         resume=resume, start_from=start_from,
@@ -203,6 +203,54 @@ def sweep(checkpoint: Path, objects: Path, device: str | None) -> None:
 
     place = chosen_device(device)
     run(checkpoint, watched(training_objects(objects)[1], place, preset_of(checkpoint).vae.image_px), place)
+
+
+@cli.command()
+@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@objects_option
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Objects already measured there are kept.",
+)
+@click.option("--limit", type=int, help="Use only N objects, evenly spaced.")
+@click.option("--no-mesh", is_flag=True, help="Measure the views alone.")
+@click.option(
+    "--train-objects",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="For the nearest training object; default: the folder `train` beside --objects.",
+)
+@click.option(
+    "--index",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Features of the training objects, made once; default: train_index.npz beside OUT.",
+)
+@click.option("--steps", type=int, help="Default: the bundle's.")
+@click.option("--guidance", type=float, help="Default: the bundle's.")
+@click.option("--seed", default=0, show_default=True, help="Of the input views, the noise and the fit.")
+@click.option("--workers", default=1, show_default=True, help="Processes; they share the cores.")
+def evaluate(
+    bundle: Path, objects: Path, out: Path, limit: int | None, no_mesh: bool, train_objects: Path | None,
+    index: Path | None, steps: int | None, guidance: float | None, seed: int, workers: int,
+) -> None:  # fmt: skip
+    """Measure a bundle on objects not trained on, beside baselines and a ceiling, on the CPU."""
+    from uc3d_rt.errors import Uc3dError
+
+    from train.evaluate import EvaluateOptions
+    from train.evaluate import evaluate as run
+    from train.metrics import markdown
+    from train.objects import find_objects
+
+    try:
+        options = EvaluateOptions(
+            bundle=bundle, objects=objects, out=out, train_objects=train_objects, index=index,
+            meshes=not no_mesh, steps=steps, guidance=guidance, seed=seed, workers=workers,
+        )  # fmt: skip
+        files = limited(find_objects(objects), limit)
+        click.echo(markdown(run(options, files)))
+    except (Uc3dError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

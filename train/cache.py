@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from train.checkpoint import CheckpointError
 from train.dataset import render_folder
 from train.model import Batch
 from train.vae import Vae
@@ -32,11 +33,11 @@ class LatentCache:
     image: Tensor  # (N, M, H, W, 3) uint8
     image_latent: Tensor  # (N, M, 4, h, w) float16
     focal: Tensor  # (N, M) float32
-    object_index: Tensor  # (N,) int64, which object a variant shows
+    objects: int  # each with N / objects variants, side by side
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         """A batch of variants of different objects (as far as there are enough), on the device."""
-        device, objects = self.z_0.device, int(self.object_index.max()) + 1
+        device, objects = self.z_0.device, self.objects
         per_object = self.z_0.shape[0] // objects
         picks = torch.randperm(objects, generator=generator, device=device)[:count]
         if count > objects:
@@ -104,30 +105,35 @@ def load_cache(folder: Path, vae: Vae, device: torch.device) -> LatentCache:
     """Read every shard of a folder onto a device.
 
     Raises:
-        ValueError: there is no shard, or one was encoded by another autoencoder.
+        CheckpointError: there is no shard, or one is damaged or was encoded by another autoencoder.
     """
     shards = sorted(folder.glob("shard-*.safetensors"))
     if not shards:
-        raise ValueError(f"no shards in {folder}; make them with: python -m train cache")
+        raise CheckpointError(f"no shards in {folder}; make them with: python -m train cache --out {folder}")
+    fingerprint = vae_fingerprint(vae)
     parts: dict[str, list[Tensor]] = {}
     objects, variants = 0, []
     for shard in shards:
-        with safe_open(shard, "pt", device="cpu") as file:
-            meta = file.metadata()
-            if meta["vae"] != vae_fingerprint(vae):
-                raise ValueError(f"{shard} was encoded by another autoencoder; make the cache again")
-            variants.append(int(meta["variants"]))
-            count = len(json.loads(meta["objects"]))
-            for key in ("z_0", "image", "image_latent", "focal"):
-                parts.setdefault(key, []).append(file.get_tensor(key).to(device))
-        index = torch.arange(objects, objects + count, device=device).repeat_interleave(variants[-1])
-        parts.setdefault("object_index", []).append(index)
+        try:
+            with safe_open(shard, "pt", device="cpu") as file:
+                meta = file.metadata()
+                if meta["vae"] != fingerprint:
+                    raise CheckpointError(
+                        f"{shard} was encoded by another autoencoder; give its --vae, or make the cache again"
+                    )
+                variants.append(int(meta["variants"]))
+                count = len(json.loads(meta["objects"]))
+                for key in ("z_0", "image", "image_latent", "focal"):
+                    parts.setdefault(key, []).append(file.get_tensor(key).to(device))
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{shard} is damaged ({error}); make the cache again") from error
         objects += count
     if len(set(variants)) > 1:
-        raise ValueError(
-            f"the shards in {folder} hold different numbers of variants: {sorted(set(variants))}"
+        raise CheckpointError(
+            f"the shards in {folder} hold different numbers of variants: {sorted(set(variants))}; "
+            "make them again with one --variants"
         )
-    return LatentCache(**{key: torch.cat(tensors) for key, tensors in parts.items()})
+    return LatentCache(**{key: torch.cat(tensors) for key, tensors in parts.items()}, objects=objects)
 
 
 def shares(objects: list[Path], count: int) -> Iterator[list[Path]]:

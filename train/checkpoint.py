@@ -8,19 +8,28 @@ beside the old one and moved into place, so a kill at any moment leaves a whole 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from train.presets import PRESETS, Preset
+from train.presets import PRESETS, KlVaeSpec, Preset
 from train.vae import Vae
 
+if TYPE_CHECKING:
+    from train.pretrained import KlVae
+
 STATE = "state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint, autoencoder or cache that cannot be used; the message says the mend."""
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -54,23 +63,27 @@ def save_checkpoint(
     preset: Preset,
     model: nn.Module,
     ema: dict[str, Tensor],
-    vae: Vae,
+    vae: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
 ) -> None:
     """Write a whole checkpoint, replacing the one at `folder` only when it is complete."""
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    finish_interrupted_save(folder)
+    fresh, old = _beside(folder)
     for stale in (fresh, old):
         if stale.exists():
             shutil.rmtree(stale)
     fresh.mkdir(parents=True)
     save_file(named_parameters(model), fresh / "model.safetensors")
     save_file({k: v.contiguous() for k, v in ema.items()}, fresh / "ema.safetensors")
-    save_file(named_parameters(vae), fresh / "vae.safetensors")
+    save_vae(vae, fresh)
     if optimizer is not None:
         save_file(optimizer_tensors(optimizer), fresh / "optimizer.safetensors")
+    # Last: a folder that holds it is whole.
     record = {"preset": preset.name, "config": asdict(preset), **state}
-    (fresh / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary = fresh / f".{STATE}.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(fresh / STATE)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
@@ -78,41 +91,134 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
+def finish_interrupted_save(folder: Path) -> None:
+    """Put a checkpoint back into place if a kill fell between the two renames of a save."""
+    if folder.exists():
+        return
+    for candidate in _beside(folder):  # the newer one was whole before the older one moved aside
+        if (candidate / STATE).is_file():
+            candidate.rename(folder)
+            return
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where a save keeps the new and the old checkpoint until it is done."""
+    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+
+
 def load_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint; of the previous one if a kill fell between the two renames.
+    """`state.json` of a checkpoint, after finishing a save that a kill interrupted.
 
     Raises:
         FileNotFoundError: there is no checkpoint; the message says how to make one.
+        CheckpointError: the file is damaged.
     """
+    finish_interrupted_save(folder)
     path = folder / STATE
     if not path.is_file():
-        previous = folder.with_name(folder.name + ".old")
-        if not (previous / STATE).is_file():
-            raise FileNotFoundError(
-                f"no checkpoint at {folder}; train one with: python -m train model --out {folder}"
-            )
-        previous.rename(folder)
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raise FileNotFoundError(
+            f"no checkpoint at {folder}; train one with: python -m train model --out {folder.parent}"
+        )
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); train again, or restore a copy") from error
     return state
 
 
 def preset_of(folder: Path) -> Preset:
-    """The preset a checkpoint was trained with; refuses one whose sizes have changed since."""
+    """The preset a checkpoint was trained with.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        CheckpointError: the preset is unknown, or its sizes have changed since.
+    """
     state = load_state(folder)
     preset = PRESETS.get(state["preset"])
     if preset is None:
-        raise ValueError(f"{folder} was trained as {state['preset']!r}; known presets: {', '.join(PRESETS)}")
-    now = json.loads(json.dumps(asdict(preset)))
-    for part in ("unet", "encoder", "vae", "heads", "schedule"):
-        if now[part] != state["config"][part]:
-            raise ValueError(
-                f"{folder} was trained with another {part!r} of preset {preset.name!r}; train again"
-            )
+        raise CheckpointError(
+            f"{folder} was trained as {state['preset']!r}; known presets: {', '.join(PRESETS)}"
+        )
+    architecture = ("unet", "encoder", "vae", "heads", "schedule")
+    changed = differences({part: state["config"][part] for part in architecture}, asdict(preset))
+    if changed:
+        raise CheckpointError(
+            f"{folder} was trained with other sizes of preset {preset.name!r} "
+            f"({'; '.join(changed)}); train again, or check out the code it was trained with"
+        )
     return preset
 
 
-def load_vae(folder: Path, preset: Preset) -> Vae:
-    """The autoencoder of a checkpoint or VAE folder, frozen, in float32."""
-    vae = Vae(preset.vae)
-    vae.load_state_dict(load_file(folder / "vae.safetensors"))
+def differences(saved: Any, now: Any, path: str = "") -> list[str]:
+    """Entries of a saved configuration that differ now, as `path: saved, now value`.
+
+    A setting that the saved one does not know is newer than it and says nothing.
+    """
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return [
+            line
+            for key, value in saved.items()
+            for line in differences(value, now.get(key), f"{path}.{key}" if path else key)
+        ]
+    if isinstance(now, tuple):
+        now = json.loads(json.dumps(now))
+    return [] if saved == now else [f"{path} was {saved}, now {now}"]
+
+
+def load_weights(module: nn.Module, file: Path, mend: str) -> None:
+    """Load a safetensors file into a module of the same parameters, in place.
+
+    Raises:
+        FileNotFoundError, CheckpointError: the message ends with `mend`.
+    """
+    tensors = read_tensors(file, mend)
+    own = module.state_dict()
+    wrong = [
+        name
+        for name in own.keys() | tensors.keys()
+        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{file} is of another architecture ({len(wrong)} tensors differ, first {min(wrong)}); {mend}"
+        )
+    module.load_state_dict(tensors)
+
+
+def read_tensors(file: Path, mend: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file; errors as `load_weights`."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; {mend}")
+    try:
+        return load_file(file, device=str(device))
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged ({error}); {mend}") from error
+
+
+def build_vae(preset: Preset) -> Vae | KlVae:
+    """The autoencoder of a preset, untrained: our own, or SDXL's kind."""
+    if isinstance(preset.vae, KlVaeSpec):
+        from train.pretrained import KlVae
+
+        return KlVae(preset.vae)
+    return Vae(preset.vae)
+
+
+def save_vae(vae: nn.Module, folder: Path) -> None:
+    """Write `vae.safetensors` into a folder, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".vae.{os.getpid()}.tmp"
+    save_file(named_parameters(vae), temporary)
+    temporary.replace(folder / "vae.safetensors")
+
+
+def load_vae(folder: Path, preset: Preset) -> Vae | KlVae:
+    """The autoencoder of a checkpoint or VAE folder, frozen, in float32.
+
+    Raises:
+        FileNotFoundError, CheckpointError: it is missing, damaged, or of another preset.
+    """
+    vae = build_vae(preset)
+    mend = f"make one with: python -m train vae --profile {preset.name} --out {folder}"
+    load_weights(vae, folder / "vae.safetensors", mend)
     return vae.eval().requires_grad_(False)

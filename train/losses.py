@@ -71,11 +71,12 @@ def mutual_information_loss(color: Tensor, normal: Tensor, temperature: float) -
     """Eq. 16-17: InfoNCE between colour and normal embeddings, summed over views.
 
     Args:
-        color: unit embeddings (V, K, D) of K colour images a view, from different objects.
+        color: embeddings (V, K, D) of K colour images a view, from different objects.
         normal: those of their normal maps; pair k is positive, every other is negative.
         temperature: tau.
     """
-    similarity = F.normalize(color.float(), dim=-1) @ F.normalize(normal.float(), dim=-1).transpose(1, 2)
+    # Not a matrix product: autocast would round it to bfloat16, and tau multiplies that error.
+    similarity = F.cosine_similarity(color.float()[:, :, None], normal.float()[:, None], dim=-1)
     logits = similarity / temperature  # (V, K, K)
     target = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape[:-1])
     return F.cross_entropy(logits.flatten(0, 1), target.flatten()) * logits.shape[0]

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from uc3d_rt.contract import FOCAL_UNKNOWN
-from uc3d_rt.sampler import alpha_bars
 
 from train.image_encoder import ImageEncoder
 from train.losses import (
@@ -20,6 +18,8 @@ from train.losses import (
 from train.multiview_unet import MultiviewUNet
 from train.presets import Preset
 from train.projection_heads import ProjectionHeads
+from uc3d_rt.contract import FOCAL_UNKNOWN
+from uc3d_rt.sampler import alpha_bars
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class MultiviewModel(nn.Module):
     def forward(self, batch: Batch, vae: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """Losses of one batch (Eq. 18); `vae` is frozen and only decodes x^_0 for L_MI.
 
-        The first `var_objects` objects share one timestep and, draw by draw, one noise, and get
-        `var_draws` draws each (Eq. 10, and the negatives of Eq. 16); the others get one draw at a
-        timestep of their own.  The unconditional branch is trained on the others only.
+        The first objects, the group, share one timestep and one noise (the negatives of Eq. 16);
+        `var_objects` of them get further draws, whose noise they share too (Eq. 10).  The others
+        get one draw at a timestep of their own; the unconditional branch is trained on them only.
         """
         spec, weights = self.preset.train, self.preset.train.losses
         b, device = batch.z_0.shape[0], batch.z_0.device
-        group, draws = min(weights.var_objects, b), weights.var_draws
-        regularised = weights.lambda_var > 0 or weights.lambda_mi > 0
-        if not regularised:
-            group, draws = 0, 1
+        group = min(weights.group, b)
+        drawn, draws = min(weights.var_objects, b), weights.var_draws
+        if weights.lambda_var == 0:
+            drawn, draws = 0, 1
 
         def random(*shape: int) -> Tensor:
             return torch.rand(shape, device=device, generator=generator)
@@ -71,12 +71,12 @@ class MultiviewModel(nn.Module):
         drop[:group] = False
         focal = torch.where(random(b) < spec.drop_focal, FOCAL_UNKNOWN, batch.focal)
 
-        # Second and later draws of the group: same z_0, same t, new noise shared by the group.
-        more = torch.arange(group, device=device).repeat(draws - 1)
+        # Second and later draws: same z_0, same t, new noise shared by the objects.
+        more = torch.arange(drawn, device=device).repeat(draws - 1)
         rows = torch.cat([torch.arange(b, device=device), more])
-        if draws > 1 and group:
+        if draws > 1:
             extra = torch.randn((draws - 1, 1, *batch.z_0.shape[1:]), device=device, generator=generator)
-            eps = torch.cat([eps, extra.expand(-1, group, *extra.shape[2:]).flatten(0, 1)])
+            eps = torch.cat([eps, extra.expand(-1, drawn, *extra.shape[2:]).flatten(0, 1)])
 
         keep = (~drop).to(batch.z_0.dtype)
         tokens = self.encoder(batch.image) * keep[:, None, None]
@@ -86,30 +86,38 @@ class MultiviewModel(nn.Module):
         z_t = noisy_latent(z_0, eps, alpha_bar)
         prediction = self.unet(z_t.flatten(0, 1), t.float(), tokens[rows], image_latent[rows], focal)
         prediction = prediction.reshape(z_0.shape).float()
+        features, self.unet.mid_features = self.unet.mid_features, None  # not kept: it holds the graph
 
         kind = self.preset.schedule.prediction
         losses = {"diffusion": diffusion_loss(prediction, z_0, eps, alpha_bar, kind)}
         total = losses["diffusion"]
         if weights.lambda_var > 0:
-            features = self.unet.mid_features
             assert features is not None
             features = features.reshape(rows.numel(), z_0.shape[1], -1)
-            paired = torch.stack([features[:group], *features[b:].split(group)], dim=1)
+            paired = torch.stack([features[:drawn], *features[b:].split(drawn)], dim=1)  # (drawn, K, V, D)
             losses["var"] = variance_loss(paired)
             total = total + weights.lambda_var * losses["var"]
         if weights.lambda_mi > 0:
-            losses["mi"] = self.contrast(prediction, z_t, alpha_bar, vae, generator)
+            # Never beyond the batch: what follows it are more draws of the same objects.
+            k = min(weights.mi_objects, b)
+            losses["mi"] = self.contrast(prediction[:k], z_t[:k], alpha_bar[:k], vae, generator)
             total = total + weights.lambda_mi * losses["mi"]
         return losses | {"total": total}
 
     def contrast(
         self, prediction: Tensor, z_t: Tensor, alpha_bar: Tensor, vae: nn.Module, generator: torch.Generator
     ) -> Tensor:
-        """L_MI of `mi_views` views drawn at random, scaled to the sum over all views (Eq. 17)."""
+        """L_MI of `mi_views` views drawn at random, scaled to the sum over all views (Eq. 17).
+
+        Args:
+            prediction: the network's output (K, V, 8, h, w) for K different objects.
+            z_t: its input, at the same t and eps for all K.
+            alpha_bar: (K,).
+        """
         weights = self.preset.train.losses
-        k, all_views, c = weights.mi_objects, z_t.shape[1], z_t.shape[2] // 2
+        all_views, c = z_t.shape[1], z_t.shape[2] // 2
         views = torch.randperm(all_views, device=z_t.device, generator=generator)[: weights.mi_views]
-        z_0 = predicted_z_0(prediction[:k], z_t[:k], alpha_bar[:k], self.preset.schedule.prediction)
+        z_0 = predicted_z_0(prediction, z_t, alpha_bar, self.preset.schedule.prediction)
         z_0 = z_0[:, views].transpose(0, 1)  # (views, K, 8, h, w)
         latents = torch.cat([z_0[:, :, :c], z_0[:, :, c:]], dim=0).flatten(0, 1)
         images = vae.decode(latents).clamp(0.0, 1.0)

@@ -84,7 +84,7 @@ class MultiviewUNet(nn.Module):
         nn.init.normal_(self.view_embedding.weight, std=0.02)
         nn.init.zeros_(self.focal_embedding[2].weight)
         nn.init.zeros_(self.focal_embedding[2].bias)
-        self.mid_features: Tensor | None = None  # of the last forward pass, for L_var (Eq. 11)
+        self.mid_features: Tensor | None = None  # ((b v), c, h, w) of the last pass, for L_var (Eq. 11)
         self.unet.mid_block.register_forward_hook(self._keep_mid_features)
 
     def _keep_mid_features(self, module: nn.Module, inputs: object, output: Tensor) -> None:
@@ -134,7 +134,7 @@ def build_unet(spec: UNetSpec) -> UNet2DConditionModel:
         down_block_types=down,
         up_block_types=up,
         layers_per_block=spec.layers_per_block,
-        transformer_layers_per_block=1,
+        transformer_layers_per_block=spec.transformer_layers or 1,
         # diffusers' `attention_head_dim` counts heads, not their width (huggingface/diffusers#2011).
         attention_head_dim=tuple(max(1, c // spec.head_dim) for c in spec.channels),
         cross_attention_dim=spec.token_dim,
@@ -161,7 +161,16 @@ def widen_unet(unet: UNet2DConditionModel, latent_channels: int, token_dim: int)
 
     The old weights are kept; new input channels start at zero, so that the widened network first
     computes what the pretrained one did on the colour half.  New output channels start as zero.
+    SDXL's embedding of picture size and pooled text goes: there is no text.
+
+    Raises:
+        ValueError: the UNet attends to tokens of another width than `token_dim`.
     """
+    if unet.config.cross_attention_dim != token_dim:
+        raise ValueError(
+            f"the UNet attends to tokens of {unet.config.cross_attention_dim} entries, the preset's image "
+            f"encoder makes {token_dim}; set EncoderSpec.token_dim"
+        )
     old_in, old_out = unet.conv_in, unet.conv_out
     conv_in = nn.Conv2d(3 * latent_channels, old_in.out_channels, 3, padding=1)
     conv_out = nn.Conv2d(old_out.in_channels, 2 * latent_channels, 3, padding=1)
@@ -181,6 +190,5 @@ def widen_unet(unet: UNet2DConditionModel, latent_channels: int, token_dim: int)
         out_channels=2 * latent_channels,
         class_embed_type="identity",
         addition_embed_type=None,
-        cross_attention_dim=token_dim,
     )
     return unet

@@ -22,8 +22,13 @@ class UNetSpec:
     norm_groups: int = 32
     views: int = NUM_VIEWS
     focal_frequencies: int = 6
+    transformer_layers: tuple[int, ...] = ()  # transformer blocks in a row, a level; empty = 1 each
 
     def __post_init__(self) -> None:
+        if self.transformer_layers and len(self.transformer_layers) != len(self.channels):
+            raise ValueError(
+                f"transformer_layers={self.transformer_layers} must name {len(self.channels)} levels"
+            )
         if any(c % self.norm_groups for c in self.channels):
             raise ValueError(f"channels {self.channels} must be multiples of norm_groups={self.norm_groups}")
         if self.latent_px % 2 ** (len(self.channels) - 1):
@@ -39,6 +44,10 @@ class EncoderSpec:
     token_dim: int
     layers: int
     head_dim: int = 64
+
+    def __post_init__(self) -> None:
+        if self.token_dim % self.head_dim:
+            raise ValueError(f"token_dim={self.token_dim} must be a multiple of head_dim={self.head_dim}")
 
     @property
     def grid(self) -> int:
@@ -64,6 +73,23 @@ class VaeSpec:
 
 
 @dataclass(frozen=True)
+class KlVaeSpec:
+    """Sizes of a diffusers AutoencoderKL; level i works at image_px / 2^i."""
+
+    image_px: int
+    latent_channels: int
+    channels: tuple[int, ...]
+    layers_per_block: int
+    scaling_factor: float  # latents are multiplied by it, to about unit variance
+    norm_groups: int = 32
+
+    @property
+    def latent_px(self) -> int:
+        """Side of a latent."""
+        return self.image_px // 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
 class HeadSpec:
     """Sizes of the two projection heads of L_MI."""
 
@@ -84,6 +110,21 @@ class LossWeights:
     mi_objects: int = 8  # K of Eq. 16: pairs of one contrast, same t and eps, different objects
     mi_views: int = 1  # views a step that are decoded for Eq. 16 (drawn at random)
 
+    def __post_init__(self) -> None:
+        if not (self.lambda_var >= 0 and self.lambda_mi >= 0 and self.temperature > 0):
+            raise ValueError(f"loss weights must be 0 or more and the temperature positive, got {self}")
+        if self.lambda_var > 0 and (self.var_draws < 2 or self.var_objects < 1):
+            raise ValueError(f"L_var needs var_draws >= 2 of var_objects >= 1, got {self}")
+        if self.lambda_mi > 0 and (self.mi_objects < 2 or self.mi_views < 1):
+            raise ValueError(f"L_MI needs mi_objects >= 2 and mi_views >= 1, got {self}")
+
+    @property
+    def group(self) -> int:
+        """How many objects of a batch share one t and eps, for the regularisers that are on."""
+        return max(
+            self.var_objects if self.lambda_var > 0 else 0, self.mi_objects if self.lambda_mi > 0 else 0
+        )
+
 
 @dataclass(frozen=True)
 class TrainSpec:
@@ -100,6 +141,19 @@ class TrainSpec:
     drop_focal: float = 0.3  # probability of the "unknown focal length" token
     grad_clip: float = 1.0
     losses: LossWeights = field(default_factory=LossWeights)
+    gradient_checkpointing: bool = False  # recompute the UNet's blocks: less memory, a third more time
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.steps < 1 or not self.lr > 0:
+            raise ValueError(
+                f"batch and steps must be 1 or more and lr above 0, "
+                f"got batch={self.batch}, steps={self.steps}, lr={self.lr}"
+            )
+        if self.drop_image > 0 and self.batch <= self.losses.group:
+            raise ValueError(
+                f"batch={self.batch} leaves no object to train the unconditional branch on: "
+                f"L_var and L_MI hold {self.losses.group} of it; use a batch of {self.losses.group + 1} or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,11 +163,21 @@ class Preset:
     name: str
     unet: UNetSpec
     encoder: EncoderSpec
-    vae: VaeSpec
+    vae: VaeSpec | KlVaeSpec
     heads: HeadSpec
     schedule: NoiseSchedule
     sampling: SamplingDefaults
     train: TrainSpec
+
+    def __post_init__(self) -> None:
+        for name, a, b in (
+            ("image_px", self.encoder.image_px, self.vae.image_px),
+            ("latent_px", self.unet.latent_px, self.vae.latent_px),
+            ("latent_channels", self.unet.latent_channels, self.vae.latent_channels),
+            ("token_dim", self.unet.token_dim, self.encoder.token_dim),
+        ):
+            if a != b:
+                raise ValueError(f"preset {self.name!r}: two parts disagree on {name}: {a} and {b}")
 
     @property
     def shape(self) -> ModelShape:
@@ -190,4 +254,39 @@ TOY = Preset(
     ),
 )
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (EDGE, TOY)}
+# The paper's own size (Sec. 4.1.3): SDXL's UNet and autoencoder, given with `--pretrained`.
+SDXL = Preset(
+    name="sdxl",
+    unet=UNetSpec(
+        latent_px=64,
+        latent_channels=4,
+        channels=(320, 640, 1280),
+        attention_levels=(1, 2),
+        layers_per_block=2,
+        head_dim=64,
+        token_dim=2048,
+        transformer_layers=(1, 2, 10),
+    ),
+    encoder=EncoderSpec(image_px=512, stem_channels=(64, 128, 256, 512, 1024), token_dim=2048, layers=4),
+    vae=KlVaeSpec(
+        image_px=512,
+        latent_channels=4,
+        channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        scaling_factor=0.13025,
+    ),
+    heads=HeadSpec(),
+    # SDXL's own schedule; its last alpha_bar is 0.0047, large enough to predict eps.
+    schedule=NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_curve="scaled_linear", prediction="eps"),
+    sampling=SamplingDefaults(steps=50, guidance=3.0),
+    train=TrainSpec(
+        batch=24,  # on each of 8 GPUs: 192, as in the paper
+        steps=60_000,
+        lr=1e-4,
+        lr_final=1e-5,
+        warmup=1000,
+        gradient_checkpointing=True,
+    ),
+)
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (EDGE, TOY, SDXL)}

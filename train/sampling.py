@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from uc3d_rt.sampler import ddim
-from uc3d_rt.views import decode_normals
 
 from train.model import MultiviewModel
 from train.vae import Vae
+from uc3d_rt.sampler import ddim
+from uc3d_rt.views import decode_normals
 
 
 @torch.no_grad()

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from train.checkpoint import load_vae, preset_of
+from train.checkpoint import load_vae, load_weights, preset_of
 from train.metrics import normal_error_deg, psnr, silhouette_iou
 from train.model import MultiviewModel
 from train.sampling import sample_views
@@ -45,7 +44,7 @@ def sweep(
     """Sample the watched objects with every setting; returns a Markdown table."""
     preset = preset_of(checkpoint)
     model = MultiviewModel(preset).to(device).eval()
-    model.load_state_dict(load_file(checkpoint / "ema.safetensors"))
+    load_weights(model, checkpoint / "ema.safetensors", "give the folder of a checkpoint")
     vae = load_vae(checkpoint, preset).to(device)
     picture = torch.from_numpy(watch.picture).to(device).permute(0, 3, 1, 2).float() / 255.0
     focal = torch.from_numpy(watch.focal).to(device)

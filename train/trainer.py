@@ -9,22 +9,31 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
 from train.cache import LatentCache
-from train.checkpoint import load_state, named_parameters, restore_optimizer, save_checkpoint
+from train.checkpoint import (
+    CheckpointError,
+    differences,
+    load_state,
+    load_weights,
+    read_tensors,
+    restore_optimizer,
+    save_checkpoint,
+    save_vae,
+)
 from train.metrics import normal_error_deg, psnr, silhouette_iou
 from train.model import MultiviewModel
-from train.multiview_unet import MultiviewBlock
+from train.multiview_unet import MultiviewBlock, MultiviewUNet
 from train.presets import Preset
 from train.sampling import sample_views
 from train.sheets import contact_sheet, loss_curves, view_row
@@ -74,7 +83,7 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, final: float)
 class Planner:
     """Fixes the number of steps: given, or what fits into the minutes at the speed measured."""
 
-    def __init__(self, steps: int, minutes: float | None, measure: tuple[int, int] = (40, 140)) -> None:
+    def __init__(self, steps: int, minutes: float | None, measure: tuple[int, int] = (200, 320)) -> None:
         self.total, self.minutes, self.measure = steps, minutes, measure
         self.begin = self.mark = time.monotonic()
 
@@ -82,11 +91,11 @@ class Planner:
         """Call after every step of a run that counts from 0; the main process decides for all."""
         if self.minutes is None:
             return
+        if step in self.measure and accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
         if step == self.measure[0]:
-            torch.cuda.synchronize() if accelerator.device.type == "cuda" else None
             self.mark = time.monotonic()
         if step == self.measure[1]:
-            torch.cuda.synchronize() if accelerator.device.type == "cuda" else None
             now = time.monotonic()
             rate = (self.measure[1] - self.measure[0]) / (now - self.mark)
             left = self.minutes * 60 - (now - self.begin)
@@ -118,15 +127,13 @@ def train_vae(
         vae = vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     step_of = accelerator.prepare_model(_VaeStep(vae)) if accelerator.num_processes > 1 else _VaeStep(vae)
-    planner, progress = (
-        Planner(steps, minutes),
-        tqdm(total=steps, desc="vae", disable=not accelerator.is_main_process, mininterval=5),
-    )
+    planner = Planner(steps, minutes)
+    progress = tqdm(total=steps, desc="vae", disable=not accelerator.is_main_process, mininterval=5)
     average: dict[str, Tensor] = {}
     step = 0
     while step < planner.total:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, planner.total, 200, lr, lr * 0.02)
+            group["lr"] = learning_rate(step, planner.total, min(200, planner.total // 5), lr, lr * 0.02)
         generator = step_generator(accelerator.device, seed, accelerator.process_index, step)
         rows = torch.randint(images.shape[0], (batch,), device=images.device, generator=generator)
         picture = images[rows].permute(0, 3, 1, 2).float() / 255.0
@@ -143,6 +150,7 @@ def train_vae(
         progress.update()
         if step % 200 == 0:
             progress.set_postfix(loss=f"{float(loss.detach()):.4f}")
+    progress.close()
     vae.load_state_dict(average | {k: v for k, v in vae.state_dict().items() if k not in average})
     vae.eval().requires_grad_(False)
     generator = step_generator(accelerator.device, seed, 0, 1 << 30)
@@ -157,12 +165,11 @@ def train_vae(
         error = (decoded - picture[:512]).square().mean(dim=(1, 2, 3)).cpu().numpy()
         quality = float(np.mean(-10 * np.log10(error)))
         print(f"vae: {step} steps, mean PSNR {quality:.2f} dB on training images", flush=True)
-        if quality < 15.0:
-            raise FloatingPointError(f"the autoencoder collapsed ({quality:.1f} dB); lower the learning rate")
-        out.mkdir(parents=True, exist_ok=True)
-        from safetensors.torch import save_file
-
-        save_file(named_parameters(vae), out / "vae.safetensors")
+        if not quality >= 15.0:
+            raise FloatingPointError(
+                f"the autoencoder collapsed ({quality:.1f} dB); lower the learning rate, or train longer"
+            )
+        save_vae(vae, out)
     accelerator.wait_for_everyone()
     return vae
 
@@ -203,14 +210,34 @@ def compile_blocks(model: MultiviewModel) -> None:
 
 
 def train_model(
-    preset: Preset, cache: LatentCache, vae: Vae, watch: Watch | None, options: RunOptions
+    preset: Preset,
+    cache: LatentCache,
+    vae: torch.nn.Module,
+    watch: Watch | None,
+    options: RunOptions,
+    unet: UNet2DConditionModel | None = None,
 ) -> Path:
-    """Train the multiview model (Eq. 18); returns the folder of the last checkpoint."""
+    """Train the multiview model (Eq. 18); returns the folder of the last checkpoint.
+
+    Args:
+        preset: sizes and settings.
+        cache: latents of the training variants, encoded by `vae`.
+        vae: the frozen autoencoder; decodes for L_MI.
+        watch: objects to draw sample sheets of; None draws none.
+        options: where to write, and how often.
+        unet: a widened pretrained UNet to begin with; None begins from random weights.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is no number any more; nothing is saved then.
+        FileNotFoundError, CheckpointError: a checkpoint to go on from is missing or does not fit.
+    """
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device, spec = accelerator.device, preset.train
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(options.seed)
-    model = MultiviewModel(preset).to(device)
+    model = MultiviewModel(preset, None if unet is None else MultiviewUNet(preset.unet, unet)).to(device)
+    if spec.gradient_checkpointing:
+        model.unet.unet.enable_gradient_checkpointing()
     if spec.losses.lambda_mi == 0:
         model.heads.requires_grad_(False)
     vae = vae.to(device)
@@ -219,21 +246,29 @@ def train_model(
         trainable, lr=spec.lr, betas=(0.9, 0.99), weight_decay=spec.weight_decay, fused=device.type == "cuda"
     )
     folder = options.out / "checkpoint"
+    size = spec.batch * accelerator.num_processes
     average: dict[str, Tensor] = {}
     step, history, planner = 0, [], Planner(spec.steps, options.minutes)
     if options.resume:
         state = load_state(folder)
+        check_resumable(folder, state, preset, size, options.seed)
         step, history = int(state["step"]), list(state["history"])
         planner.total, planner.minutes = int(state["total_steps"]), None
-        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-        average.update(load_file(folder / "ema.safetensors", device=str(device)))
-        restore_optimizer(optimizer, load_file(folder / "optimizer.safetensors", device=str(device)))
+        mend = "restore the checkpoint from a copy, or train again"
+        load_weights(model, folder / "model.safetensors", mend)
+        ema = read_tensors(folder / "ema.safetensors", mend, device)
+        average.update({name: ema[name] for name, _ in model.named_parameters()})
+        restore_optimizer(optimizer, read_tensors(folder / "optimizer.safetensors", mend, device))
     elif options.start_from is not None:
-        model.load_state_dict(load_file(options.start_from / "ema.safetensors"), strict=False)
+        load_weights(model, options.start_from / "ema.safetensors", "give the folder of a checkpoint")
     if options.compile:
         compile_blocks(model)
     wrapped = accelerator.prepare_model(model)
-    options.out.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        options.out.mkdir(parents=True, exist_ok=True)
+        # Lines that a killed run logged after its last checkpoint are about to be logged again.
+        lines = [json.dumps(entry) + "\n" for entry in history]
+        (options.out / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     progress = tqdm(
         total=planner.total,
         initial=step,
@@ -241,14 +276,8 @@ def train_model(
         disable=not accelerator.is_main_process,
         mininterval=5,
     )
-
-    def record() -> dict[str, Any]:
-        return {
-            "step": step, "total_steps": planner.total, "batch": spec.batch * accelerator.num_processes,
-            "seed": options.seed, "history": history,
-        }  # fmt: skip
-
     sums: dict[str, Tensor] = {}
+    summed = 0
     while step < planner.total:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, planner.total, spec.warmup, spec.lr, spec.lr_final)
@@ -262,24 +291,28 @@ def train_model(
         optimizer.zero_grad(set_to_none=True)
         update_average(average, model, min(spec.ema_decay, (1 + step) / (10 + step)))
         step += 1
+        summed += 1
         for name, value in {**losses, "grad_norm": norm}.items():
             sums[name] = sums.get(name, 0) + value.detach()
         planner.update(step, accelerator)
         progress.total = planner.total
         progress.update()
         last = step == planner.total
-        if accelerator.is_main_process and (step % options.log_every == 0 or last):
-            count = options.log_every if step % options.log_every == 0 else step % options.log_every
-            history.append({"step": step, **{name: float(value) / count for name, value in sums.items()}})
-            sums = {}
-            if not math.isfinite(history[-1]["total"]):
+        save, sheet = step % options.save_every == 0 or last, step % options.sheet_every == 0 or last
+        if not accelerator.is_main_process:
+            continue
+        if step % options.log_every == 0 or save:
+            entry = {"step": step, **{name: float(value) / summed for name, value in sums.items()}}
+            sums, summed = {}, 0
+            if not all(math.isfinite(value) for value in entry.values()):
                 raise FloatingPointError(
-                    f"the loss is {history[-1]['total']} at step {step}; lower the learning rate"
+                    f"the loss diverged at step {step} ({entry}); lower the learning rate"
                 )
-            progress.set_postfix({k: f"{history[-1][k]:.4f}" for k in losses})
+            history.append(entry)
+            progress.set_postfix({name: f"{entry[name]:.4f}" for name in losses})
             with (options.out / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(history[-1]) + "\n")
-        if accelerator.is_main_process and (step % options.save_every == 0 or last):
+                log.write(json.dumps(entry) + "\n")
+        if save:
             save_checkpoint(
                 folder,
                 preset=preset,
@@ -287,13 +320,39 @@ def train_model(
                 ema=full_average(average, model),
                 vae=vae,
                 optimizer=optimizer,
-                state=record(),
+                state={
+                    "step": step,
+                    "total_steps": planner.total,
+                    "batch": size,
+                    "seed": options.seed,
+                    "history": history,
+                },
             )
             loss_curves(options.out / "loss.png", history)
-        if accelerator.is_main_process and watch is not None and (step % options.sheet_every == 0 or last):
+        if sheet and watch is not None:
             look(preset, full_average(average, model), vae, watch, options.out / f"sheet-{step:06d}.png")
+    progress.close()
     accelerator.wait_for_everyone()
     return folder
+
+
+def check_resumable(folder: Path, state: dict[str, Any], preset: Preset, batch: int, seed: int) -> None:
+    """Refuse to go on with other settings: the run would be neither the old one nor a new one.
+
+    The number of steps is the checkpoint's own, and recomputing activations changes no result.
+
+    Raises:
+        CheckpointError: names every setting that differs.
+    """
+    saved = {"profile": state["preset"], "batch of all devices": state["batch"], "seed": state["seed"]}
+    changed = differences(saved, {"profile": preset.name, "batch of all devices": batch, "seed": seed})
+    free = ("name", "sampling", "train.steps", "train.gradient_checkpointing")
+    changed += [line for line in differences(state["config"], asdict(preset)) if not line.startswith(free)]
+    if changed:
+        raise CheckpointError(
+            f"{folder} was trained with other settings ({'; '.join(changed)}); "
+            "resume with the same ones, or begin anew with --start-from"
+        )
 
 
 def full_average(average: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
@@ -302,10 +361,15 @@ def full_average(average: dict[str, Tensor], model: torch.nn.Module) -> dict[str
 
 
 def look(
-    preset: Preset, weights: dict[str, Tensor], vae: Vae, watch: Watch, path: Path, steps: int = 25
+    preset: Preset,
+    weights: dict[str, Tensor],
+    vae: torch.nn.Module,
+    watch: Watch,
+    path: Path,
+    steps: int = 25,
 ) -> None:
     """Sample the watched objects with the averaged weights; write a sheet and print the figures."""
-    device = next(vae.buffers()).device
+    device = next(vae.parameters()).device
     model = MultiviewModel(preset).to(device).eval()
     model.load_state_dict(weights)
     picture = torch.from_numpy(watch.picture).to(device).permute(0, 3, 1, 2).float() / 255.0

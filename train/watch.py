@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from uc3d_rt.contract import FOCAL_UNKNOWN
-from uc3d_rt.preprocess import frame_object
-from uc3d_rt.views import decode_normals
 
 from train.dataset import ground_truth
 from train.trainer import Watch
+from uc3d_rt.contract import FOCAL_UNKNOWN
+from uc3d_rt.preprocess import frame_object
+from uc3d_rt.views import decode_normals
 
 
 def watched(objects: Sequence[Path], device: str, image_px: int) -> Watch:
