@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_VENV := .venv-demo
-DEMO_IMAGE ?= $(firstword $(sort $(wildcard examples/*.png)))
+DEMO_IMAGE ?= examples/zebra.png
+# Folder of GLB, OBJ or PLY files for `make bench`.
+OBJECTS ?= objects
 DEMO_MESH ?= out/$(basename $(notdir $(DEMO_IMAGE))).glb
 
 .PHONY: check lint types imports test test-gpu bench demo clean
@@ -29,12 +31,15 @@ test-gpu: $(VENV)/ready
 	$(BIN)/pytest -m gpu
 
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.fit
+	$(BIN)/python benchmarks/fit.py --objects $(OBJECTS) --limit 50
 
 # A newcomer's road: plain install, one picture, one mesh.
-demo: $(DEMO_VENV)/ready
+demo: engines/edge/manifest.json $(DEMO_VENV)/ready
 	mkdir -p $(dir $(DEMO_MESH))
 	$(DEMO_VENV)/bin/uc3d-rt $(DEMO_IMAGE) -o $(DEMO_MESH)
+
+engines/edge/manifest.json:
+	@echo 'the trained bundle is not in engines/edge yet; make one: see "Train your own" in README.md' >&2; exit 1
 
 # torch is pinned and comes first, so that the extras find it and choose no other build.
 $(VENV)/ready: pyproject.toml hatch_build.py

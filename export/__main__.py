@@ -12,11 +12,14 @@ import click
 
 @click.group(help=__doc__.split("\n")[0])
 def cli() -> None:
-    pass
+    """All verbs."""
 
 
 @cli.command()
-@click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option(
+    "--checkpoint", type=click.Path(file_okay=False, path_type=Path), required=True,
+    help="OUT/checkpoint of `python -m train model`.",
+)  # fmt: skip
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle; replaced when whole."
 )
@@ -27,7 +30,7 @@ def cli() -> None:
 @click.option("--steps", type=int, help="Default sampling steps to record.")
 @click.option("--guidance", type=float, help="Default guidance scale to record.")
 @click.option("--guidance-interval", type=(float, float), help="Where guidance acts, as shares of T.")
-@click.option("--guidance-rescale", type=float)
+@click.option("--guidance-rescale", type=float, help="Default guidance rescaling to record, 0 to 1.")
 @click.option("--data", default="", help="Training data and licences, recorded in the manifest.")
 def onnx(
     checkpoint: Path, out: Path, weights: str, steps: int | None, guidance: float | None,
@@ -40,7 +43,8 @@ def onnx(
     from train.checkpoint import preset_of
 
     chosen = {
-        "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale,
+        "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval,
+        "guidance_rescale": guidance_rescale,
     }  # fmt: skip
     try:
         sampling = replace(
@@ -53,7 +57,7 @@ def onnx(
             sampling=sampling,
             training={"data": data} if data else None,
         )
-    except (ParityError, ValueError, FileNotFoundError) as error:
+    except (ParityError, ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     for name, file in manifest.networks.items():
         errors = ", ".join(

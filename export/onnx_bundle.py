@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -18,6 +19,7 @@ from export.weights import store_weights_int8
 from train.checkpoint import load_state
 from train.presets import Preset
 from uc3d_rt.contract import (
+    MANIFEST_NAME,
     NETWORK_NAMES,
     Manifest,
     NetworkFile,
@@ -48,7 +50,12 @@ def export_bundle(
 
     Raises:
         ParityError: a network's fp32 export differs from torch by more than `PARITY_LIMIT`.
+        ValueError: `bundle` is a folder of other things, which replacing it would delete.
+        FileNotFoundError, CheckpointError: the checkpoint is missing or damaged.
     """
+    bundle = bundle.resolve()
+    if bundle.exists() and not (bundle / MANIFEST_NAME).is_file() and any(bundle.iterdir()):
+        raise ValueError(f"{bundle} is no bundle and not empty; give a new folder, it would be replaced")
     preset, networks = load_networks(checkpoint)
     work = bundle.with_name(f".{bundle.name}.{os.getpid()}.tmp")
     shutil.rmtree(work, ignore_errors=True)
@@ -80,14 +87,24 @@ def export_bundle(
             parity=parity,
         )
         save_manifest(manifest, work)
-        old = bundle.with_name(f".{bundle.name}.{os.getpid()}.old")
-        if bundle.exists():
-            bundle.rename(old)
-        work.rename(bundle)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace(bundle, work)
         return manifest
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(bundle: Path, work: Path) -> None:
+    """Move a whole folder to the bundle's place; the one that was there comes back if that fails."""
+    old = bundle.with_name(f".{bundle.name}.{os.getpid()}.old")
+    if bundle.exists():
+        bundle.rename(old)
+    try:
+        work.rename(bundle)
+    except OSError:
+        if old.exists():
+            old.rename(bundle)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_network(preset: Preset, name: str, network: nn.Module, target: Path) -> None:
@@ -98,7 +115,9 @@ def export_network(preset: Preset, name: str, network: nn.Module, target: Path) 
         for tensor in (*spec.inputs, *spec.outputs)
     }
     with warnings.catch_warnings(), torch.no_grad():
-        # The tracer warns of every size read in Python; the contract fixes those sizes.
+        # The tracer warns of every size read in Python; the contract fixes those sizes.  And torch
+        # announces the end of this exporter: the newer one refuses the UNet's free batch (2.13), and
+        # its graphs are no smaller or faster once ONNX Runtime has optimised them.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
@@ -110,6 +129,16 @@ def export_network(preset: Preset, name: str, network: nn.Module, target: Path) 
             opset_version=OPSET,
             dynamo=False,
         )
+    model = onnx.load(target)
+    for tensor, value in zip(spec.outputs, model.graph.output, strict=True):
+        # The exporter gives names of its own to output sizes that it did not work out.
+        for size, dim in zip(tensor.shape, value.type.tensor_type.shape.dim, strict=True):
+            if isinstance(size, str):
+                dim.dim_param = size
+            else:
+                dim.dim_value = size
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, target)
 
 
 def run_onnx(path: Path, names: list[str], inputs: tuple[torch.Tensor, ...]) -> list[NDArray[np.float32]]:

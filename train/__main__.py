@@ -1,8 +1,12 @@
 """`python -m train VERB`: from a folder of objects to a trained checkpoint, and its evaluation.
 
+\b
+    python -m train toy   --out runs/toy          (all of it, small, in two minutes)
+\b
     python -m train vae   --objects DIR --out runs/vae
     python -m train cache --objects DIR --vae runs/vae --out runs/cache
     python -m train model --vae runs/vae --cache runs/cache --objects DIR --out runs/edge
+    python -m export onnx --checkpoint runs/edge/checkpoint --out engines/edge
     python -m train evaluate --bundle engines/edge --objects DIR --out runs/evaluation
 
 On several GPUs: `accelerate launch --num_processes N --module train vae …`; `cache` is started once
@@ -11,33 +15,68 @@ a shard (`--shard I --shards N`), in parallel.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from train.presets import PRESETS
+from train.presets import PRESETS, KlVaeSpec, Preset
+
+if TYPE_CHECKING:
+    from train.pretrained import KlVae
+    from train.vae import Vae
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+OUT = click.Path(file_okay=False, path_type=Path)
 
 profile_option = click.option(
-    "--profile", type=click.Choice(sorted(PRESETS)), default="edge", show_default=True
+    "--profile",
+    type=click.Choice(sorted(PRESETS)),
+    default="edge",
+    show_default=True,
+    help="toy: 32 px, for tests; edge: 256 px, the one that ships; sdxl: 512 px, from SDXL's weights.",
 )
 objects_option = click.option(
-    "--objects",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of GLB, OBJ or PLY files, searched recursively.",
+    "--objects", type=FOLDER, required=True, help="Folder of GLB, OBJ or PLY files, searched recursively."
+)
+vae_option = click.option("--vae", "vae_folder", type=FOLDER, help="What `python -m train vae` wrote.")
+pretrained_option = click.option(
+    "--pretrained", type=FOLDER, help="sdxl only: a local diffusers folder of SDXL, with unet/ and vae/."
 )
 device_option = click.option(
     "--device", default=None, help="cpu or cuda:N; default: the first GPU, else cpu."
 )
+seed_option = click.option(
+    "--seed", default=0, show_default=True, help="Same seed, same machine: same result."
+)
+limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use only N objects, evenly spaced.")
+workers_option = click.option(
+    "--workers", default=4, show_default=True, type=click.IntRange(min=1), help="Threads that read objects."
+)
+minutes_option = click.option(
+    "--minutes", type=float, help="Plan the number of steps from the measured speed."
+)
 
 
-@click.group(help=__doc__.split("\n")[0])
+@click.group(help=__doc__)
 def cli() -> None:
-    pass
+    """All verbs."""
+
+
+@contextmanager
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Tell errors that a user can mend in one line, without a traceback."""
+    kinds = kinds or (ValueError, OSError)
+    try:
+        yield
+    except kinds as error:
+        raise click.ClickException(str(error)) from error
 
 
 def chosen_device(device: str | None) -> str:
+    """The device asked for, or the first GPU, or the CPU."""
     import torch
 
     return device if device is not None else ("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -54,10 +93,8 @@ def training_objects(folder: Path) -> tuple[list[Path], list[Path]]:
     from train.objects import find_objects, object_name
 
     files = find_objects(folder)
-    if not files:
-        raise click.UsageError(f"no GLB, OBJ or PLY file in {folder}")
-    aside = [path for path in files if variant_rng(0, object_name(path), -1 & 0xFFFF).random() < 0.02]
-    return [path for path in files if path not in set(aside)], aside
+    aside = {path for path in files if variant_rng(0, object_name(path), 0xFFFF).random() < 0.02}
+    return [path for path in files if path not in aside], [path for path in files if path in aside]
 
 
 def limited(files: list[Path], limit: int | None) -> list[Path]:
@@ -67,132 +104,199 @@ def limited(files: list[Path], limit: int | None) -> list[Path]:
     return [files[index * len(files) // limit] for index in range(limit)]
 
 
+def autoencoder(preset: Preset, vae_folder: Path | None, pretrained: Path | None) -> Vae | KlVae:
+    """The frozen autoencoder that `--vae` or, for SDXL, `--pretrained` names."""
+    from train.checkpoint import load_vae
+
+    if pretrained is not None and not isinstance(preset.vae, KlVaeSpec):
+        raise click.UsageError(f"--pretrained is for the sdxl profile; {preset.name} trains from nothing")
+    if vae_folder is not None:
+        return load_vae(vae_folder, preset)
+    if isinstance(preset.vae, KlVaeSpec):
+        if pretrained is None:
+            raise click.UsageError("sdxl needs --pretrained DIR, or the --vae of one of its checkpoints")
+        from train.pretrained import load_sdxl_vae
+
+        return load_sdxl_vae(pretrained, preset.vae)
+    raise click.UsageError(
+        f"--vae is missing; make one: python -m train vae --profile {preset.name} --objects DIR --out DIR"
+    )
+
+
 @cli.command()
 @profile_option
 @objects_option
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--steps", default=3000, show_default=True)
-@click.option("--minutes", type=float, help="Plan the number of steps from the measured speed.")
+@click.option("--out", type=OUT, required=True, help="Gets vae.safetensors.")
+@click.option("--steps", default=3000, show_default=True, type=click.IntRange(min=1))
+@minutes_option
 @click.option("--batch", default=64, show_default=True, help="Images a step and device.")
-@click.option("--lr", default=5e-4, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--limit", type=int, help="Use only N objects, evenly spaced.")
-@click.option("--workers", default=4, show_default=True)
+@click.option("--lr", default=5e-4, show_default=True, help="Peak learning rate.")
+@seed_option
+@limit_option
+@workers_option
 def vae(
-    profile: str, objects: Path, out: Path, steps: int, minutes: float | None, batch: int, lr: float, seed: int, limit: int | None, workers: int
+    profile: str, objects: Path, out: Path, steps: int, minutes: float | None, batch: int, lr: float,
+    seed: int, limit: int | None, workers: int,
 ) -> None:  # fmt: skip
     """Train the autoencoder for colour images and normal maps."""
+    preset = PRESETS[profile]
+    if isinstance(preset.vae, KlVaeSpec):
+        raise click.UsageError(f"{profile} has SDXL's autoencoder; give --pretrained to cache and model")
+
     import torch
     from accelerate import PartialState
 
     from train.dataset import render_folder
     from train.trainer import train_vae
 
-    state, preset = PartialState(), PRESETS[profile]
-    files = limited(training_objects(objects)[0], limit)
-    share = files[state.process_index :: state.num_processes]
+    state = PartialState()
     pictures = []
-    for _, _, item in render_folder(
-        share, device_name(state), 1, 2, seed + 1, workers, image_px=preset.vae.image_px
-    ):
-        pictures += [item.color, item.normal, torch.from_numpy(item.inputs).to(state.device)]
+    with plain_errors():
+        files = limited(training_objects(objects)[0], limit)
+        share = files[state.process_index :: state.num_processes]
+        stream = render_folder(
+            share, device_name(state), 1, 2, seed + 1, workers, image_px=preset.vae.image_px
+        )
+        for _, _, item in stream:
+            pictures += [item.color, item.normal, torch.from_numpy(item.inputs).to(state.device)]
     images = torch.cat(pictures)
     state.print(f"vae: {images.shape[0]} images on each of {state.num_processes} devices")
-    train_vae(preset, images, out, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed)
+    with plain_errors(FloatingPointError, OSError):
+        train_vae(preset, images, out, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed)
 
 
 @cli.command()
 @profile_option
 @objects_option
 @device_option
-@click.option("--vae", "vae_folder", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True)
+@vae_option
+@pretrained_option
+@click.option("--out", type=OUT, required=True, help="Gets one shard-NNN.safetensors a process.")
 @click.option("--variants", default=12, show_default=True, help="Augmented variants of every object.")
 @click.option("--inputs", default=2, show_default=True, help="Input views of every variant.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--limit", type=int, help="Use only N objects, evenly spaced.")
-@click.option("--shard", default=0, show_default=True)
-@click.option("--shards", default=1, show_default=True)
-@click.option("--workers", default=4, show_default=True)
+@seed_option
+@limit_option
+@click.option(
+    "--shard", default=0, show_default=True, type=click.IntRange(min=0), help="Which share, from 0."
+)
+@click.option("--shards", default=1, show_default=True, type=click.IntRange(min=1), help="Of how many.")
+@workers_option
 def cache(
-    profile: str, objects: Path, device: str | None, vae_folder: Path, out: Path, variants: int, inputs: int, seed: int,
-    limit: int | None, shard: int, shards: int, workers: int,
+    profile: str, objects: Path, device: str | None, vae_folder: Path | None, pretrained: Path | None,
+    out: Path, variants: int, inputs: int, seed: int, limit: int | None, shard: int, shards: int,
+    workers: int,
 ) -> None:  # fmt: skip
     """Render augmented variants and keep them as latents, one shard a process."""
+    if shard >= shards:
+        raise click.UsageError(f"--shard {shard} is not below --shards {shards}; shards count from 0")
+
     from train.cache import build_shard, shares
-    from train.checkpoint import load_vae
 
     place = chosen_device(device)
-    files = list(shares(limited(training_objects(objects)[0], limit), shards))[shard]
-    net = load_vae(vae_folder, PRESETS[profile]).to(place)
-    build_shard(
-        out / f"shard-{shard:03d}.safetensors", files, net, device=place, variants=variants, inputs=inputs, seed=seed,
-        workers=workers,
-    )  # fmt: skip
+    with plain_errors():
+        files = list(shares(limited(training_objects(objects)[0], limit), shards))[shard]
+        net = autoencoder(PRESETS[profile], vae_folder, pretrained).to(place)
+        build_shard(
+            out / f"shard-{shard:03d}.safetensors",
+            files,
+            net,
+            device=place,
+            variants=variants,
+            inputs=inputs,
+            seed=seed,
+            workers=workers,
+        )
 
 
 @cli.command()
 @profile_option
-@click.option("--vae", "vae_folder", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--cache", "cache_folder", type=click.Path(exists=True, path_type=Path), required=True)
+@vae_option
+@pretrained_option
 @click.option(
-    "--objects",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="For sample sheets of objects kept aside.",
+    "--cache", "cache_folder", type=FOLDER, required=True, help="What `python -m train cache` wrote."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--steps", type=int)
-@click.option("--minutes", type=float, help="Plan the number of steps from the measured speed.")
-@click.option("--batch", type=int, help="Objects a step and device.")
-@click.option("--lr", type=float)
-@click.option("--lambda-var", type=float)
-@click.option("--lambda-mi", type=float)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--save-every", default=1000, show_default=True)
-@click.option("--sheet-every", default=1000, show_default=True)
+@click.option(
+    "--objects", type=FOLDER, help="The same folder; draws sample sheets of the objects kept aside."
+)
+@click.option("--out", type=OUT, required=True, help="Gets checkpoint/, log.jsonl, loss.png and sheet-*.png.")
+@click.option("--steps", type=int, help="Default: the profile's.")
+@minutes_option
+@click.option("--batch", type=int, help="Objects a step and device; default: the profile's.")
+@click.option("--lr", type=float, help="Peak learning rate; default: the profile's.")
+@click.option("--lambda-var", type=float, help="Weight of L_Var in Eq. 18; 0 turns it off.")
+@click.option("--lambda-mi", type=float, help="Weight of L_MI in Eq. 18; 0 turns it off.")
+@seed_option
+@click.option("--save-every", default=1000, show_default=True, help="Steps between checkpoints.")
+@click.option("--sheet-every", default=1000, show_default=True, help="Steps between sample sheets.")
 @click.option(
     "--compile", "compile_", is_flag=True, help="Compile the repeated blocks (minutes at the start)."
 )
-@click.option("--resume", is_flag=True, help="Go on from OUT/checkpoint, exactly.")
 @click.option(
-    "--start-from",
-    type=click.Path(exists=True, path_type=Path),
-    help="Begin with a checkpoint's averaged weights.",
+    "--gradient-checkpointing/--no-gradient-checkpointing",
+    default=None,
+    help="Recompute the UNet's blocks in the backward pass: less memory, more time.",
 )
+@click.option("--resume", is_flag=True, help="Go on from OUT/checkpoint, exactly; same options as before.")
+@click.option("--start-from", type=FOLDER, help="Begin with a checkpoint's averaged weights.")
 def model(
-    profile: str, vae_folder: Path, cache_folder: Path, objects: Path | None, out: Path, steps: int | None,
-    minutes: float | None, batch: int | None, lr: float | None, lambda_var: float | None, lambda_mi: float | None,
-    seed: int, save_every: int, sheet_every: int, compile_: bool, resume: bool, start_from: Path | None,
+    profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path, objects: Path | None,
+    out: Path, steps: int | None, minutes: float | None, batch: int | None, lr: float | None,
+    lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int, sheet_every: int,
+    compile_: bool, gradient_checkpointing: bool | None, resume: bool, start_from: Path | None,
 ) -> None:  # fmt: skip
     """Train the regularised multiview model on cached latents (Eq. 18)."""
+    if resume and start_from is not None:
+        raise click.UsageError("--resume goes on with OUT/checkpoint, --start-from begins anew; give one")
+
     from dataclasses import replace
 
     from accelerate import PartialState
 
     from train.cache import load_cache
-    from train.checkpoint import load_vae
-    from train.trainer import RunOptions, train_model, with_train
+    from train.checkpoint import CheckpointError, finish_interrupted_save, load_state
+    from train.trainer import RunOptions, check_resumable, train_model, with_train
     from train.watch import watched
 
-    state = PartialState()
-    preset = with_train(PRESETS[profile], batch=batch, steps=steps, lr=lr)
-    chosen = {k: v for k, v in {"lambda_var": lambda_var, "lambda_mi": lambda_mi}.items() if v is not None}
-    preset = with_train(preset, losses=replace(preset.train.losses, **chosen))
-    net = load_vae(vae_folder, preset).to(state.device)
-    watch = None
-    if objects is not None and state.is_main_process:
-        watch = watched(training_objects(objects)[1][:40], device_name(state), preset.vae.image_px)
-    data = load_cache(cache_folder, net, state.device)
-    state.print(f"{data.z_0.shape[0]} variants of {data.objects} objects")
+    state, unet = PartialState(), None
+    with plain_errors():
+        losses = PRESETS[profile].train.losses
+        chosen = {"lambda_var": lambda_var, "lambda_mi": lambda_mi}
+        losses = replace(losses, **{name: value for name, value in chosen.items() if value is not None})
+        preset = with_train(
+            PRESETS[profile], batch=batch, steps=steps, lr=lr, losses=losses,
+            gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+        checkpoint = out / "checkpoint"
+        if resume:
+            record = load_state(checkpoint)
+            check_resumable(checkpoint, record, preset, preset.train.batch * state.num_processes, seed)
+        else:
+            finish_interrupted_save(checkpoint)
+            if checkpoint.exists():
+                raise click.UsageError(
+                    f"{checkpoint} exists; go on from it with --resume, or choose another --out"
+                )
+        net = autoencoder(preset, vae_folder, pretrained).to(state.device)
+        if pretrained is not None and not resume:
+            from train.pretrained import load_sdxl_unet
+
+            unet = load_sdxl_unet(pretrained, preset.unet)
+        data = load_cache(cache_folder, net, state.device)
+        state.print(f"{data.z_0.shape[0]} variants of {data.objects} objects")
+        aside = training_objects(objects)[1][:40] if objects is not None and state.is_main_process else []
+        watch = watched(aside, device_name(state), preset.vae.image_px) if aside else None
+    if objects is not None and not aside:
+        state.print("no object is kept aside (about 1 in 50 is), so no sample sheets will be drawn")
     options = RunOptions(
         out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
         resume=resume, start_from=start_from,
     )  # fmt: skip
-    train_model(preset, data, net, watch, options)
+    with plain_errors(CheckpointError, FloatingPointError, OSError):
+        train_model(preset, data, net, watch, options, unet)
 
 
 @cli.command()
-@click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option("--checkpoint", type=FOLDER, required=True, help="OUT/checkpoint of `python -m train model`.")
 @objects_option
 @device_option
 def sweep(checkpoint: Path, objects: Path, device: str | None) -> None:
@@ -202,23 +306,42 @@ def sweep(checkpoint: Path, objects: Path, device: str | None) -> None:
     from train.watch import watched
 
     place = chosen_device(device)
-    run(checkpoint, watched(training_objects(objects)[1], place, preset_of(checkpoint).vae.image_px), place)
+    with plain_errors():
+        preset = preset_of(checkpoint)
+        aside = training_objects(objects)[1]
+        if not aside:
+            raise click.UsageError(
+                f"no object of {objects} is kept aside (about 1 in 50 is); give more objects"
+            )
+        watch = watched(aside, place, preset.vae.image_px)
+    with plain_errors(OSError):
+        run(checkpoint, watch, place)
 
 
 @cli.command()
-@click.option("--bundle", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
-@objects_option
+@click.option("--out", type=OUT, required=True, help="Gets everything: objects, sheet, bundle, mesh.")
+@click.option("--steps", default=400, show_default=True, type=click.IntRange(min=20), help="Of the model.")
 @click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Objects already measured there are kept.",
+    "--vae-steps", default=400, show_default=True, type=click.IntRange(min=20), help="Of the autoencoder."
 )
-@click.option("--limit", type=int, help="Use only N objects, evenly spaced.")
+@seed_option
+def toy(out: Path, steps: int, vae_steps: int, seed: int) -> None:
+    """Run the whole method, small, on a CPU: objects, training, bundle, mesh (see train/toy.py)."""
+    from train.toy import run
+
+    with plain_errors(FloatingPointError, OSError):
+        run(out, steps=steps, vae_steps=vae_steps, seed=seed)
+
+
+@cli.command()
+@click.option("--bundle", type=FOLDER, required=True, help="Folder with a manifest.json.")
+@objects_option
+@click.option("--out", type=OUT, required=True, help="Objects already measured there are kept.")
+@limit_option
 @click.option("--no-mesh", is_flag=True, help="Measure the views alone.")
 @click.option(
     "--train-objects",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FOLDER,
     help="For the nearest training object; default: the folder `train` beside --objects.",
 )
 @click.option(
@@ -235,22 +358,20 @@ def evaluate(
     index: Path | None, steps: int | None, guidance: float | None, seed: int, workers: int,
 ) -> None:  # fmt: skip
     """Measure a bundle on objects not trained on, beside baselines and a ceiling, on the CPU."""
-    from uc3d_rt.errors import Uc3dError
-
     from train.evaluate import EvaluateOptions
     from train.evaluate import evaluate as run
     from train.metrics import markdown
     from train.objects import find_objects
+    from uc3d_rt.errors import Uc3dError
 
-    try:
+    with plain_errors(ValueError):
+        files = limited(find_objects(objects), limit)
+    with plain_errors(Uc3dError):
         options = EvaluateOptions(
             bundle=bundle, objects=objects, out=out, train_objects=train_objects, index=index,
             meshes=not no_mesh, steps=steps, guidance=guidance, seed=seed, workers=workers,
         )  # fmt: skip
-        files = limited(find_objects(objects), limit)
         click.echo(markdown(run(options, files)))
-    except (Uc3dError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ where it was; the tables and contact sheets are made from those files.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 import numpy as np
@@ -40,14 +39,27 @@ from train.baselines import (
 )
 from train.dataset import EvalSample, ground_truth
 from train.mesh_metrics import chamfer, volume_iou
-from train.metrics import Record, markdown, summarize, view_metrics
+from train.metrics import (
+    Record,
+    categories,
+    markdown,
+    progress_line,
+    record_names,
+    summarize,
+    view_metrics,
+)
 from train.objects import Object, find_objects, load_object
 from train.sheets import contact_sheet, view_row
 from uc3d_rt.backends.base import Network, backend_for
 from uc3d_rt.contract import load_manifest
 from uc3d_rt.errors import FitError, ImageError, UsageError
+from uc3d_rt.mesh.build import MeshOptions
+from uc3d_rt.neus.fit import FitOptions
 from uc3d_rt.pipeline import Pipeline, Views
 from uc3d_rt.views import decode_normals
+
+if TYPE_CHECKING:
+    import trimesh
 
 PAGE = 25  # objects on a contact sheet
 VIEW_PX = 80
@@ -107,7 +119,7 @@ def evaluate(
             jobs = [(path, names[path]) for path in missing]
             for done, record in enumerate(run(_measure, jobs), start=1):
                 left = (time.monotonic() - started) / done * (len(missing) - done)
-                say(f"[{done}/{len(missing)}] {_one_line(record)}  (about {left / 60:.0f} min left)")
+                say(f"[{done}/{len(missing)}] {progress_line(record)}  (about {left / 60:.0f} min left)")
     records = {}
     for path in files:
         records[names[path]] = json.loads(_record_path(options.out, names[path]).read_text("utf-8"))
@@ -116,13 +128,6 @@ def evaluate(
     _write(options.out / "metrics.md", markdown(summary))
     _write_sheets(options.out, [name for name in records if "left_out" not in records[name]])
     return summary
-
-
-def record_names(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
-    """A file name for each object's record: its path in the folder, with the suffix where it must."""
-    short = {path: path.relative_to(folder).with_suffix("").as_posix().replace("/", "__") for path in files}
-    taken = list(short.values())
-    return {p: n if taken.count(n) == 1 else f"{n}{p.suffix.replace('.', '_')}" for p, n in short.items()}
 
 
 class Evaluator:
@@ -206,16 +211,14 @@ class Evaluator:
         stand_ins: dict[str, str] = {}
         if options.meshes:
             true_mesh = placed(obj, sample.object_to_world)
+            outline = (copied[1][0] != 0).any(axis=-1)
             for row, pair in pairs.items():
-                mesh = known.get(row)
-                if mesh is None:
+                if (mesh := known.get(row)) is None:
+                    wanted = MeshOptions() if row == "model" else MeshOptions(texture="vertex")
                     try:
-                        made = self.pipeline.reconstruct(
-                            Views(*(truth if row == "ceiling" else pair)), seed=options.seed
-                        )
-                        mesh, timings = made.mesh, made.timings
+                        mesh, timings = self._fitted(truth if row == "ceiling" else pair, wanted)
                     except FitError as error:
-                        mesh, timings = ellipsoid_of((copied[1][0] != 0).any(axis=-1)), {}
+                        mesh, timings = ellipsoid_of(outline), {}
                         stand_ins[row] = str(error)
                     if row == "model":
                         seconds |= timings
@@ -229,14 +232,14 @@ class Evaluator:
             "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
         }
 
+    def _fitted(self, views: ViewPair, mesh_options: MeshOptions) -> tuple[trimesh.Trimesh, dict[str, float]]:
+        """A mesh of six views, and the seconds of each stage.
 
-def categories(folder: Path) -> dict[str, str]:
-    """Category by object id from `index.csv` beside the folder; empty where there is none."""
-    path = folder.resolve().parent / "index.csv"
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8", newline="") as stream:
-        return {row["id"]: row["category"] for row in csv.DictReader(stream) if row.get("category")}
+        Whether the colours are baked or stored with the vertices changes nothing of the shape.
+        """
+        fit_options = FitOptions(seed=self.options.seed)
+        made = self.pipeline.reconstruct(Views(*views), fit_options=fit_options, mesh_options=mesh_options)
+        return made.mesh, made.timings
 
 
 def _check_settings(options: EvaluateOptions, train_files: Sequence[Path]) -> Record:
@@ -340,14 +343,6 @@ def _record_path(out: Path, name: str) -> Path:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _one_line(record: Record) -> str:
-    if "left_out" in record:
-        return f"{record['name']}: left out ({record['left_out']})"
-    row = record["rows"]["model"]
-    mesh = f"  Chamfer {row['chamfer']:.4f}" if "chamfer" in row else ""
-    return f"{record['name']}: PSNR {row['psnr']:.2f}{mesh}  {record['seconds']:.0f} s"
 
 
 def _write(path: Path, text: str) -> None:

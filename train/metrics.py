@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,6 +159,31 @@ def markdown(summary: Record) -> str:
         titles = {f"{k} ({v['objects']})": v for k, v in summary["groups"].items()}
         lines += ["", "The model by category:", "", markdown_table(titles)]
     return "\n".join(lines) + "\n"
+
+
+def categories(folder: Path) -> dict[str, str]:
+    """Category by object id from `index.csv` beside the folder; empty where there is none."""
+    path = folder.resolve().parent / "index.csv"
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as stream:
+        return {row["id"]: row["category"] for row in csv.DictReader(stream) if row.get("category")}
+
+
+def record_names(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
+    """A file name for each object's record: its path in the folder, with the suffix where it must."""
+    short = {path: path.relative_to(folder).with_suffix("").as_posix().replace("/", "__") for path in files}
+    taken = list(short.values())
+    return {p: n if taken.count(n) == 1 else f"{n}{p.suffix.replace('.', '_')}" for p, n in short.items()}
+
+
+def progress_line(record: Record) -> str:
+    """One object's outcome in a few words."""
+    if "left_out" in record:
+        return f"{record['name']}: left out ({record['left_out']})"
+    row = record["rows"]["model"]
+    mesh = f"  Chamfer {row['chamfer']:.4f}" if "chamfer" in row else ""
+    return f"{record['name']}: PSNR {row['psnr']:.2f}{mesh}  {record['seconds']:.0f} s"
 
 
 def view_metrics(color: Array, normal: Array, true_color: Array, true_normal: Array) -> dict[str, float]:

@@ -152,7 +152,7 @@ class TrainSpec:
         if self.drop_image > 0 and self.batch <= self.losses.group:
             raise ValueError(
                 f"batch={self.batch} leaves no object to train the unconditional branch on: "
-                f"L_var and L_MI hold {self.losses.group} of it; use a batch of {self.losses.group + 1} or more"
+                f"L_var and L_MI hold {self.losses.group} of it; use {self.losses.group + 1} or more"
             )
 
 

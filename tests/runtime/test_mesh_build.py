@@ -9,7 +9,8 @@ from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.build import MeshOptions, build_mesh
 from uc3d_rt.mesh.extract import extract_surface
 from uc3d_rt.mesh.simplify import part_pinched_edges, simplify_surface
-from uc3d_rt.mesh.surface import Surface, is_closed, signed_volumes, vertex_normals
+from uc3d_rt.mesh.surface import Surface, crease_normals, is_closed, signed_volumes, vertex_normals
+from uc3d_rt.mesh.unwrap import unwrap_surface
 from uc3d_rt.neus.field import Field, node_coordinates
 from uc3d_rt.neus.fit import FitOptions, fit
 
@@ -142,7 +143,28 @@ def test_vertex_normals_of_a_sphere_point_outward() -> None:
     assert (vertex_normals(surface) * radial).sum(axis=1).min() > 0.98
 
 
+def test_crease_normals_stay_apart_at_edges_only() -> None:
+    box = trimesh.creation.box()
+    flat = Surface(np.asarray(box.vertices, np.float32), np.asarray(box.faces, np.int32))
+    group, normals = crease_normals(flat, 35.0)
+    assert len(normals) == 24
+    np.testing.assert_allclose(normals[group], np.repeat(box.face_normals[:, None], 3, axis=1), atol=1e-6)
+    assert len(crease_normals(flat, 180.0)[1]) == 8
+
+
+def test_the_atlas_keeps_the_faces_of_the_surface() -> None:
+    surface = extract_surface(field_of(sphere_sdf((0, 0, 0), 0.6)), 0.05)
+    atlas = unwrap_surface(surface, 256)
+    np.testing.assert_array_equal(atlas.source[atlas.faces], surface.faces)
+
+
 def test_mesh_options_are_checked() -> None:
-    for wrong in ({"texture": "none"}, {"faces": 5}, {"texture_px": 1}, {"min_share": 0.0}):
+    for wrong in (
+        {"texture": "none"},
+        {"faces": 5},
+        {"texture_px": 1},
+        {"min_share": 0.0},
+        {"crease_deg": 0.0},
+    ):
         with pytest.raises(ValueError, match="MeshOptions"):
             MeshOptions(**wrong)

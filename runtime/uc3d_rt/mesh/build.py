@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.mesh.surface import FloatArray, Surface, vertex_normals
+from uc3d_rt.mesh.surface import FloatArray, Surface, crease_normals, vertex_normals
 from uc3d_rt.neus.field import Field
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class MeshOptions:
     texture: Literal["atlas", "vertex"] = "atlas"
     faces: int = 12_000  # decimation target; 0 = keep every triangle of marching cubes
     texture_px: int = 1024
+    crease_deg: float = 35.0  # faces that meet at a larger angle keep their own normals (atlas only)
     min_share: float = 0.05  # parts smaller than this share of the largest part's volume are dropped
 
     def __post_init__(self) -> None:
@@ -39,6 +40,8 @@ class MeshOptions:
             raise ValueError(f"MeshOptions.faces must be 0 (no decimation) or at least 100, got {self.faces}")
         if not 64 <= self.texture_px <= 8192:
             raise ValueError(f"MeshOptions.texture_px must be in [64, 8192], got {self.texture_px}")
+        if not 0 < self.crease_deg <= 180:
+            raise ValueError(f"MeshOptions.crease_deg must be in (0, 180], got {self.crease_deg}")
         if not 0 < self.min_share <= 1:
             raise ValueError(f"MeshOptions.min_share must be in (0, 1], got {self.min_share}")
 
@@ -53,7 +56,7 @@ def build_mesh(
     """Extract, clean, simplify, unwrap and texture the surface of a field.
 
     The surface is closed: watertight, edge-manifold and wound outward.  With an atlas, vertices on a
-    chart's border are stored once for each chart, so a reader must merge vertices by position
+    chart's border or a crease are stored several times, so a reader must merge vertices by position
     (`mesh.merge_vertices(merge_tex=True, merge_norm=True)`) before it asks whether the mesh is closed.
 
     Args:
@@ -133,11 +136,15 @@ def _textured(
     material = PBRMaterial(
         name="surface", baseColorTexture=Image.fromarray(texture), metallicFactor=0.0, roughnessFactor=1.0
     )
+    # A vertex of the file is a point of one chart with one normal.
+    group, group_normals = crease_normals(surface, options.crease_deg)
+    pairs = np.stack([atlas.faces.reshape(-1), group.reshape(-1)], axis=1)
+    split, faces = np.unique(pairs, axis=0, return_inverse=True)
     return trimesh.Trimesh(
-        surface.vertices[atlas.source],
-        atlas.faces,
-        vertex_normals=normals[atlas.source],
-        visual=TextureVisuals(uv=atlas.uv, material=material),
+        surface.vertices[atlas.source[split[:, 0]]],
+        faces.reshape(-1, 3),
+        vertex_normals=group_normals[split[:, 1]],
+        visual=TextureVisuals(uv=atlas.uv[split[:, 0]], material=material),
         process=False,
         validate=False,
     )

@@ -76,6 +76,44 @@ def largest_parts(surface: Surface, min_share: float) -> Surface:
 
 def vertex_normals(surface: Surface) -> FloatArray:
     """Unit normals (V, 3): the faces' normals weighted by the angle they have at the vertex."""
+    return _summed_normals(surface, surface.faces.reshape(-1), len(surface.vertices))
+
+
+def crease_normals(surface: Surface, crease_deg: float) -> tuple[IntArray, FloatArray]:
+    """Normals that stay apart across sharp edges.
+
+    Args:
+        surface: closed.
+        crease_deg: faces that meet at a larger angle than this do not share normals.
+
+    Returns:
+        `(group (F, 3), normals (G, 3))`: the normal of each face corner is `normals[group]`.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    faces = surface.faces.astype(np.int64)
+    count, corners = len(surface.vertices), 3 * len(faces)
+    begin, end = faces.reshape(-1), np.roll(faces, -1, axis=1).reshape(-1)
+    key = begin * count + end
+    order = np.argsort(key)
+    # Half-edge 3f + k starts at corner k of face f; its twin runs the other way in the next face.
+    twin = order[np.searchsorted(key[order], end * count + begin)]
+    points = surface.vertices[surface.faces].astype(np.float64)
+    normal = np.cross(points[:, 1] - points[:, 0], points[:, 2] - points[:, 0])
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-20)
+    half = np.arange(corners)
+    cosine = np.einsum("hi,hi->h", normal[half // 3], normal[twin // 3])
+    smooth = half[cosine > np.cos(np.radians(crease_deg))]
+    ahead = twin[smooth] // 3 * 3 + (twin[smooth] + 1) % 3  # the twin's corner at this half-edge's start
+    graph = coo_matrix((np.ones(len(smooth), np.int8), (smooth, ahead)), shape=(corners, corners))
+    groups, label = connected_components(graph, directed=False)
+    normals = _summed_normals(surface, label, int(groups))
+    return label.reshape(-1, 3).astype(np.int32), normals
+
+
+def _summed_normals(surface: Surface, label: NDArray[np.integer], count: int) -> FloatArray:
+    """Unit normals (count, 3) of face corners gathered by `label` (3F,), weighted by their angle."""
     corners = surface.vertices[surface.faces].astype(np.float64)
     sides = np.roll(corners, -1, axis=1) - corners  # side k runs from corner k to corner k + 1
     normal = np.cross(sides[:, 0], sides[:, 1])
@@ -83,13 +121,8 @@ def vertex_normals(surface: Surface) -> FloatArray:
     unit = sides / np.maximum(np.linalg.norm(sides, axis=2, keepdims=True), 1e-20)
     cosine = -np.einsum("fki,fki->fk", unit, np.roll(unit, 1, axis=1))
     angle = np.arccos(np.clip(cosine, -1.0, 1.0))
-    summed = np.zeros((len(surface.vertices), 3))
-    for axis in range(3):
-        summed[:, axis] = np.bincount(
-            surface.faces.reshape(-1),
-            weights=(angle * normal[:, axis : axis + 1]).reshape(-1),
-            minlength=len(summed),
-        )
+    weighted = (angle[..., None] * normal[:, None, :]).reshape(-1, 3)
+    summed = np.stack([np.bincount(label, weights=weighted[:, i], minlength=count) for i in range(3)], axis=1)
     length = np.linalg.norm(summed, axis=1, keepdims=True)
-    # A vertex whose faces cancel out has no normal; any unit vector keeps the file valid.
+    # Where the faces cancel out there is no normal; any unit vector keeps the file valid.
     return np.where(length > 1e-8, summed / np.maximum(length, 1e-8), (0.0, 1.0, 0.0)).astype(np.float32)

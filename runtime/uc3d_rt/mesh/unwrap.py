@@ -15,7 +15,7 @@ class Atlas:
     """A surface cut into charts: vertices on a cut appear once for each chart."""
 
     source: NDArray[np.int64]  # (W,) index of the surface's vertex that each split vertex came from
-    faces: IntArray  # (F, 3) into the split vertices
+    faces: IntArray  # (F, 3) into the split vertices; face by face the surface's own
     uv: FloatArray  # (W, 2) in [0, 1], origin at the lower left
 
     def __post_init__(self) -> None:

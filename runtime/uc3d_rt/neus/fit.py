@@ -28,8 +28,8 @@ MIN_SILHOUETTE_PX = 16
 class FitOptions:
     """Settings of `fit`; the defaults are for six views of 256 px."""
 
-    resolution: int = 128  # nodes along each axis of the final grid
-    iterations: tuple[int, ...] = (40, 60, 60)  # at resolution / 2^k, ..., resolution / 2, resolution
+    resolution: int = 160  # nodes along each axis of the final grid
+    iterations: tuple[int, ...] = (30, 40, 40, 40)  # at resolution / 2^k, ..., resolution / 2, resolution
     rays_per_iteration: int = 25_000
     seed: int = 0
     w_rgb: float = 0.3  # Eq. 19
@@ -37,7 +37,7 @@ class FitOptions:
     w_mask: float = 2.0
     w_eikonal: float = 0.2
     w_smooth: float = 0.005
-    w_smooth_unseen: float = 0.1  # where the surface faces up or down, out of every view's sight
+    w_smooth_unseen: float = 0.4  # where the surface faces up or down, out of every view's sight
     keep_rgb: float = 1.0  # share of the rays whose residual counts
     keep_normal: float = 1.0
     keep_mask: float = 1.0
@@ -192,7 +192,7 @@ REDISTANCE_EVERY = 15
 NODES_EVERY = 5
 
 HULL_SLACK = 0.25
-"""Node spacings that the surface may stand out of the visual hull, for the hull is only as exact as its pixels."""
+"""Node spacings that the surface may stand out of the visual hull, itself only as exact as its pixels."""
 
 
 def _iterate(

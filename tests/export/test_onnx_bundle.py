@@ -1,0 +1,192 @@
+"""Bundles: contract, parity limit, manifest and replacement; the toy networks with random weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+
+from export import onnx_bundle
+from export.__main__ import cli
+from export.networks import example_inputs, load_networks
+from export.onnx_bundle import ParityError, export_bundle, parity_error, run_onnx
+from train.checkpoint import save_checkpoint
+from train.model import MultiviewModel
+from train.presets import TOY
+from train.vae import Vae
+from uc3d_rt.contract import NETWORK_NAMES, SamplingDefaults, load_manifest, network_specs, sha256_of
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, vae = MultiviewModel(TOY), Vae(TOY.vae)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)  # row-wise attention starts as zero and would hide
+    folder = tmp_path_factory.mktemp("run") / "checkpoint"
+    ema = {name: value.detach() for name, value in model.state_dict().items()}
+    state = {"step": 7, "batch": 8, "seed": 3, "history": [{"step": 7, "total": 0.5}]}
+    save_checkpoint(folder, preset=TOY, model=model, ema=ema, vae=vae, optimizer=None, state=state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "toy"
+    sampling = SamplingDefaults(steps=9, guidance=2.0, guidance_interval=(0.1, 0.9), guidance_rescale=0.5)
+    export_bundle(checkpoint, folder, sampling=sampling, training={"data": "none"})
+    return folder
+
+
+@pytest.fixture
+def ready_made(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export by copying: these tests are about folders, not about graphs."""
+    monkeypatch.setattr(
+        onnx_bundle,
+        "export_network",
+        lambda _p, name, _n, target: shutil.copy(bundle / f"{name}.onnx", target),
+    )
+    monkeypatch.setattr(onnx_bundle, "parity_error", lambda *_: 1e-6)
+    monkeypatch.setattr(onnx_bundle, "store_weights_int8", lambda source, target: shutil.copy(source, target))
+
+
+def test_manifest_says_what_the_folder_holds(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    assert {path.name for path in bundle.iterdir()} == {"manifest.json"} | {
+        f"{n}.onnx" for n in NETWORK_NAMES
+    }
+    for entry in manifest.networks.values():
+        assert sha256_of(bundle / entry.file) == entry.sha256
+        assert (bundle / entry.file).stat().st_size == entry.bytes
+    assert (manifest.profile, manifest.shape, manifest.schedule) == ("toy", TOY.shape, TOY.schedule)
+    assert manifest.sampling == SamplingDefaults(9, 2.0, (0.1, 0.9), 0.5)
+    assert manifest.training["data"] == "none" and manifest.training["steps"] == 7
+    assert manifest.training["losses"]["lambda_mi"] == 0.05
+    assert manifest.training["last_losses"] == {"step": 7, "total": 0.5}
+    for figures in manifest.parity.values():
+        assert 0 <= figures["fp32_relative_error"] < 1e-5
+        assert figures["fp32_relative_error"] < figures["int8_weights_relative_error"] < 0.05
+
+
+def test_graphs_keep_the_contract(bundle: Path) -> None:
+    for name, spec in network_specs(TOY.shape).items():
+        graph = onnx.load(bundle / f"{name}.onnx").graph
+        for tensors, found in ((spec.inputs, graph.input), (spec.outputs, graph.output)):
+            assert [value.name for value in found] == [tensor.name for tensor in tensors]
+            for tensor, value in zip(tensors, found, strict=True):
+                sizes = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+                assert tuple(sizes) == tensor.shape
+
+
+def test_batches_of_one_two_and_three_objects(checkpoint: Path, bundle: Path) -> None:
+    _, networks = load_networks(checkpoint)
+    names = [tensor.name for tensor in network_specs(TOY.shape)["unet"].inputs]
+    for batch in (1, 2, 3):  # the graph was traced with two
+        inputs = example_inputs(TOY, "unet", batch, seed=5)
+        (found,) = run_onnx(bundle / "unet.onnx", names, inputs)
+        with torch.no_grad():
+            truth = networks["unet"](*inputs).numpy()
+        assert found.shape == truth.shape == (6 * batch, 8, 8, 8)
+        assert np.linalg.norm(found - truth) < 0.05 * np.linalg.norm(truth)  # int8 weights
+
+
+def test_decoder_output_is_clipped(bundle: Path) -> None:
+    latent = 100 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    (image,) = run_onnx(bundle / "vae_decoder.onnx", ["latent"], (latent,))
+    assert image.min() >= 0.0 and image.max() <= 1.0
+
+
+def test_a_perturbed_network_is_refused_and_nothing_is_left(
+    checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bent(_preset, name: str, network: torch.nn.Module, target: Path) -> None:
+        shutil.copy(bundle / f"{name}.onnx", target)
+        if name == "vae_encoder":
+            with torch.no_grad():
+                next(network.parameters()).mul_(1.05)
+
+    monkeypatch.setattr(onnx_bundle, "export_network", bent)
+    monkeypatch.setattr(onnx_bundle, "PARITY_LIMIT", 2e-2)  # above int8's own error
+    with pytest.raises(ParityError, match=r"vae_encoder.onnx differs from torch by .*limit 0.02"):
+        export_bundle(checkpoint, tmp_path / "toy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_gives_no_number_is_refused(
+    checkpoint: Path, ready_made: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_bundle, "parity_error", lambda *_: float("nan"))
+    with pytest.raises(ParityError):
+        export_bundle(checkpoint, tmp_path / "toy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_parity_looks_at_every_output_and_batch(checkpoint: Path, bundle: Path) -> None:
+    _, networks = load_networks(checkpoint)
+    heads, path = networks["projection_heads"], bundle / "projection_heads.onnx"
+    assert parity_error(TOY, "projection_heads", heads, path) < 0.05
+    with torch.no_grad():
+        heads.normal[-1].weight.mul_(-1.0)  # the second output alone
+    assert parity_error(TOY, "projection_heads", heads, path) > 0.5
+
+
+def test_replacing_a_bundle(checkpoint: Path, ready_made: None, tmp_path: Path) -> None:
+    out = tmp_path / "toy"
+    export_bundle(checkpoint, out, training={"data": "first"})
+    (out / "built").mkdir()  # engines of the old networks must not outlive them
+    export_bundle(checkpoint, out, training={"data": "second"})
+    assert load_manifest(out).training["data"] == "second"
+    assert not (out / "built").exists() and [path.name for path in tmp_path.iterdir()] == ["toy"]
+
+
+def test_a_failed_replacement_leaves_the_old_bundle(
+    checkpoint: Path, ready_made: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "toy", Path.rename
+    export_bundle(checkpoint, out, training={"data": "first"})
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise PermissionError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(PermissionError):
+        export_bundle(checkpoint, out, training={"data": "second"})
+    assert load_manifest(out).training["data"] == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+
+
+def test_a_folder_of_other_things_is_not_replaced(checkpoint: Path, ready_made: None, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("irreplaceable")
+    with pytest.raises(ValueError, match="is no bundle and not empty"):
+        export_bundle(checkpoint, tmp_path)
+    assert (tmp_path / "thesis.tex").is_file()
+
+
+def test_command_line(checkpoint: Path, ready_made: None, tmp_path: Path) -> None:
+    def run(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(cli, ["onnx", *map(str, arguments)])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, result.output
+
+    more = ("--steps", 20, "--guidance-interval", 0.0, 0.5, "--data", "mine")
+    code, output = run("--checkpoint", checkpoint, "--out", tmp_path / "toy", *more)
+    assert code == 0 and "bundle" in output and "fp32 relative error" in output
+    manifest = json.loads((tmp_path / "toy" / "manifest.json").read_text())
+    assert manifest["sampling"] == {
+        "steps": 20, "guidance": 3.0, "guidance_interval": [0.0, 0.5], "guidance_rescale": 0.0
+    }  # fmt: skip
+    code, output = run("--checkpoint", tmp_path / "nothing", "--out", tmp_path / "new")
+    assert code == 1 and "Error: no checkpoint at" in output and not (tmp_path / "new").exists()
+    shutil.copytree(checkpoint, tmp_path / "cut")
+    (tmp_path / "cut" / "ema.safetensors").unlink()
+    code, output = run("--checkpoint", tmp_path / "cut", "--out", tmp_path / "new")
+    assert code == 1 and "ema.safetensors is missing" in output
