@@ -141,11 +141,16 @@ def export_network(preset: Preset, name: str, network: nn.Module, target: Path) 
     onnx.save(model, target)
 
 
-def run_onnx(path: Path, names: list[str], inputs: tuple[torch.Tensor, ...]) -> list[NDArray[np.float32]]:
-    """Run an ONNX file on ONNX Runtime's CPU provider."""
+def open_onnx(path: Path) -> Any:
+    """An ONNX Runtime session on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def run_onnx(session: Any, inputs: tuple[torch.Tensor, ...]) -> list[NDArray[np.float32]]:
+    """Run a session on inputs in the order of the contract."""
+    names = [value.name for value in session.get_inputs()]
     outputs: list[NDArray[np.float32]] = session.run(
         None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
     )
@@ -154,17 +159,18 @@ def run_onnx(path: Path, names: list[str], inputs: tuple[torch.Tensor, ...]) -> 
 
 @torch.no_grad()
 def parity_error(preset: Preset, name: str, network: nn.Module, path: Path) -> float:
-    """Largest relative 2-norm error over outputs and over batches of one and two."""
-    names = [tensor.name for tensor in network_specs(preset.shape)[name].inputs]
-    worst = 0.0
+    """Largest relative 2-norm error over outputs and over batches of one and two.
+
+    A value that is no number makes the whole error NaN.
+    """
+    session, errors = open_onnx(path), []
     for batch in (1, 2):
         inputs = example_inputs(preset, name, batch, seed=batch)
         expected = network(*inputs)
         expected = expected if isinstance(expected, tuple) else (expected,)
-        for value, truth in zip(run_onnx(path, names, inputs), expected, strict=True):
-            difference = np.linalg.norm(value - truth.numpy()) / np.linalg.norm(truth.numpy())
-            worst = max(worst, float(difference))
-    return worst
+        for value, truth in zip(run_onnx(session, inputs), expected, strict=True):
+            errors.append(np.linalg.norm(value - truth.numpy()) / np.linalg.norm(truth.numpy()))
+    return float(np.max(errors))
 
 
 def _training_record(checkpoint: Path) -> dict[str, Any]:

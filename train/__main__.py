@@ -1,7 +1,7 @@
 """`python -m train VERB`: from a folder of objects to a trained checkpoint, and its evaluation.
 
 \b
-    python -m train toy   --out runs/toy          (all of it, small, in two minutes)
+    python -m train toy   --out runs/toy          (all of it, small, in minutes)
 \b
     python -m train vae   --objects DIR --out runs/vae
     python -m train cache --objects DIR --vae runs/vae --out runs/cache
@@ -320,9 +320,9 @@ def sweep(checkpoint: Path, objects: Path, device: str | None) -> None:
 
 @cli.command()
 @click.option("--out", type=OUT, required=True, help="Gets everything: objects, sheet, bundle, mesh.")
-@click.option("--steps", default=400, show_default=True, type=click.IntRange(min=20), help="Of the model.")
+@click.option("--steps", default=300, show_default=True, type=click.IntRange(min=20), help="Of the model.")
 @click.option(
-    "--vae-steps", default=400, show_default=True, type=click.IntRange(min=20), help="Of the autoencoder."
+    "--vae-steps", default=300, show_default=True, type=click.IntRange(min=20), help="Of the autoencoder."
 )
 @seed_option
 def toy(out: Path, steps: int, vae_steps: int, seed: int) -> None:

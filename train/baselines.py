@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +47,8 @@ def placed(obj: Object, object_to_world: FloatArray) -> Object:
     return replace(obj, vertices=vertices.astype(np.float32))
 
 
-def as_object(mesh: trimesh.Trimesh) -> Object:
-    """A fitted mesh for the renderer, where it stands."""
+def as_object(mesh: Any) -> Object:
+    """A fitted `trimesh.Trimesh` for the renderer, where it stands."""
     uv = getattr(mesh.visual, "uv", None)
     texture, material = None, Material()
     if uv is not None:
@@ -101,7 +101,7 @@ def ellipsoid_of(mask: NDArray[np.bool_]) -> trimesh.Trimesh:
 
     u, v = pixel_grid(mask.shape[0])
     half_pixel = 1.0 / mask.shape[0]
-    mesh = trimesh.creation.icosphere(subdivisions=4)
+    mesh: trimesh.Trimesh = trimesh.creation.icosphere(subdivisions=4)
     half_u, half_v = ((axis[mask].max() - axis[mask].min()) / 2 + half_pixel for axis in (u, v))
     mesh.apply_scale([half_u, half_v, half_u])
     mesh.apply_translation([0.0, (v[mask].max() + v[mask].min()) / 2, 0.0])

@@ -18,10 +18,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from train.baselines import (
     FloatArray,
@@ -38,7 +39,7 @@ from train.baselines import (
     turntable,
 )
 from train.dataset import EvalSample, ground_truth
-from train.mesh_metrics import chamfer, volume_iou
+from train.mesh_metrics import Triangles, chamfer, volume_iou
 from train.metrics import (
     Record,
     categories,
@@ -57,9 +58,6 @@ from uc3d_rt.mesh.build import MeshOptions
 from uc3d_rt.neus.fit import FitOptions
 from uc3d_rt.pipeline import Pipeline, Views
 from uc3d_rt.views import decode_normals
-
-if TYPE_CHECKING:
-    import trimesh
 
 PAGE = 25  # objects on a contact sheet
 VIEW_PX = 80
@@ -169,7 +167,7 @@ class Evaluator:
         try:
             obj = load_object(path)
         except ValueError as error:
-            record = {"left_out": str(error)}
+            record: Record = {"left_out": str(error)}
         else:
             sample = ground_truth(path, self.options.seed, image_px=self.image_px)
             try:
@@ -192,54 +190,60 @@ class Evaluator:
         picture = np.round(copied[0][0] * 255.0).astype(np.uint8)
         pairs: dict[str, ViewPair] = {"model": (views.color, views.normal), "input": copied}
         about: Record = {"yaw_deg": sample.yaw_deg, "elevation_deg": sample.elevation_deg}
-        about["focal_mm"] = sample.focal_mm
-        known: dict[str, Any] = {}
-        if self.index is not None:
-            folder = options.train_folder()
-            assert folder is not None
+        about |= {"focal_mm": sample.focal_mm, "stage_seconds": dict(views.timings)}
+        meshes: dict[str, Triangles] = {}
+        if self.index is not None and (folder := options.train_folder()) is not None:
             feature = image_features(self.network("image_encoder"), [picture])[0]
             near = self.index.neighbour(folder, feature, self.image_px)
-            pairs["nearest"], known["nearest"] = near.views, near.object
+            pairs["nearest"], meshes["nearest"] = near.views, near.object
             about["nearest"] = {
                 "file": near.path.relative_to(folder).as_posix(), "yaw_deg": near.yaw_deg,
                 "similarity": near.similarity,
             }  # fmt: skip
         pairs["ceiling"] = autoencoded(self.network("vae_encoder"), self.network("vae_decoder"), *truth)
         rows = {row: view_metrics(*pair, *truth) for row, pair in pairs.items()}
-        seconds = dict(views.timings)
         blocks = [view_row(views.color, views.normal), view_row(*truth)]
-        stand_ins: dict[str, str] = {}
         if options.meshes:
-            true_mesh = placed(obj, sample.object_to_world)
             outline = (copied[1][0] != 0).any(axis=-1)
-            for row, pair in pairs.items():
-                if (mesh := known.get(row)) is None:
-                    wanted = MeshOptions() if row == "model" else MeshOptions(texture="vertex")
-                    try:
-                        mesh, timings = self._fitted(truth if row == "ceiling" else pair, wanted)
-                    except FitError as error:
-                        mesh, timings = ellipsoid_of(outline), {}
-                        stand_ins[row] = str(error)
-                    if row == "model":
-                        seconds |= timings
-                        blocks += [turntable(as_object(mesh), VIEW_PX), turntable(true_mesh, VIEW_PX)]
+            about |= self._fit_all({**pairs, "ceiling": truth}, outline, meshes, about["stage_seconds"])
+            true_mesh = placed(obj, sample.object_to_world)
+            for row, mesh in meshes.items():
                 rows[row] |= {"chamfer": chamfer(mesh, true_mesh), "volume_iou": volume_iou(mesh, true_mesh)}
+            blocks += [turntable(thing, VIEW_PX) for thing in (as_object(meshes["model"]), true_mesh)]
         contact_sheet(_record_path(options.out, name).with_suffix(".png"), [picture], [blocks], VIEW_PX)
+        about["stage_seconds"] = {k: round(v, 2) for k, v in about["stage_seconds"].items()}
         return {
             **about,
             "rows": {row: {k: _finite(v) for k, v in values.items()} for row, values in rows.items()},
-            "stand_ins": stand_ins,
-            "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
         }
 
-    def _fitted(self, views: ViewPair, mesh_options: MeshOptions) -> tuple[trimesh.Trimesh, dict[str, float]]:
-        """A mesh of six views, and the seconds of each stage.
+    def _fit_all(
+        self,
+        pairs: dict[str, ViewPair],
+        outline: NDArray[np.bool_],
+        meshes: dict[str, Triangles],
+        seconds: dict[str, float],
+    ) -> Record:
+        """Fit the rows that have no mesh yet; the model as users do, the others without a texture.
 
-        Whether the colours are baked or stored with the vertices changes nothing of the shape.
+        Whether colours are baked or stored with the vertices changes nothing of the shape.
         """
-        fit_options = FitOptions(seed=self.options.seed)
-        made = self.pipeline.reconstruct(Views(*views), fit_options=fit_options, mesh_options=mesh_options)
-        return made.mesh, made.timings
+        fit_options, stand_ins = FitOptions(seed=self.options.seed), {}
+        for row, pair in pairs.items():
+            if row in meshes:
+                continue
+            mesh_options = MeshOptions() if row == "model" else MeshOptions(texture="vertex")
+            try:
+                made = self.pipeline.reconstruct(
+                    Views(*pair), fit_options=fit_options, mesh_options=mesh_options
+                )
+                meshes[row] = made.mesh
+                if row == "model":
+                    seconds |= made.timings
+            except FitError as error:
+                meshes[row] = ellipsoid_of(outline)
+                stand_ins[row] = str(error)
+        return {"stand_ins": stand_ins}
 
 
 def _check_settings(options: EvaluateOptions, train_files: Sequence[Path]) -> Record:
@@ -301,7 +305,7 @@ def _start_worker(options: EvaluateOptions, index: TrainIndex | None, threads: i
     import numba
 
     global _evaluator
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(threads, numba.get_num_threads()))
     _evaluator = Evaluator(options, index, threads).__enter__()
 
 

@@ -91,7 +91,7 @@ def _without_repeats(corners: FloatArray) -> FloatArray:
     return corners[np.unique(key, axis=0, return_index=True)[1]]
 
 
-@njit(cache=True)  # type: ignore[misc, untyped-decorator]
+@njit(cache=True)
 def _passes(a: FloatArray, b: FloatArray, y: float, z: float) -> bool:
     """Whether a half-line from (y, z) along +y crosses the projected edge.
 
@@ -101,10 +101,10 @@ def _passes(a: FloatArray, b: FloatArray, y: float, z: float) -> bool:
         a, b = b, a
     if (a[2] > z) == (b[2] > z):
         return False
-    return y < a[1] + (z - a[2]) / (b[2] - a[2]) * (b[1] - a[1])
+    return bool(y < a[1] + (z - a[2]) / (b[2] - a[2]) * (b[1] - a[1]))
 
 
-@njit(cache=True)  # type: ignore[misc, untyped-decorator]
+@njit(cache=True)
 def _mark_crossings(corners: FloatArray, flips: NDArray[np.uint8]) -> None:
     """Flip, in each column of voxels along the first axis, the first voxel behind each crossing."""
     size = flips.shape[0]

@@ -115,7 +115,7 @@ def summarize(records: dict[str, Record], settings: Record, category: dict[str, 
         )
     summary["left_out_objects"] = {n: r["left_out"] for n, r in records.items() if "left_out" in r}
     summary["stand_ins"] = {
-        row: [name for name, record in measured.items() if row in record["stand_ins"]] for row in rows
+        row: [n for n, r in measured.items() if row in r.get("stand_ins", {})] for row in rows
     }
     summary["no_volume"] = [
         n for n, r in measured.items() if r["rows"]["ceiling"].get("volume_iou", 0.0) is None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.mesh.surface import FloatArray, Surface, crease_normals, vertex_normals
+from uc3d_rt.mesh.surface import FloatArray, Surface, crease_normals, largest_parts, vertex_normals
 from uc3d_rt.neus.field import Field
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def build_mesh(
     report = on_progress or (lambda done, total: None)
     surface = extract_surface(field, options.min_share)
     report(1, steps)
-    surface = simplify_surface(surface, options.faces)
+    # Decimation can cut a thin bridge, hence once more.
+    surface = largest_parts(simplify_surface(surface, options.faces), options.min_share)
     normals = vertex_normals(surface)
     report(2, steps)
     if options.texture == "vertex":
