@@ -135,6 +135,9 @@ def test_parity_looks_at_every_output_and_batch(checkpoint: Path, bundle: Path) 
     with torch.no_grad():
         heads.normal[-1].weight.mul_(-1.0)  # the second output alone
     assert parity_error(TOY, "projection_heads", heads, path) > 0.5
+    with torch.no_grad():
+        heads.normal[-1].weight.fill_(float("nan"))
+    assert np.isnan(parity_error(TOY, "projection_heads", heads, path))
 
 
 def test_replacing_a_bundle(checkpoint: Path, ready_made: None, tmp_path: Path) -> None:

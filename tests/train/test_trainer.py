@@ -78,14 +78,21 @@ def options(out: Path, **changes: object) -> RunOptions:
     return replace(RunOptions(out=out, save_every=3, sheet_every=99, log_every=2), **changes)
 
 
-def test_resume_goes_on_exactly(tmp_path: Path, cache: Cache, vae: Vae) -> None:
-    whole = train_model(SMALL, cache, vae, None, options(tmp_path / "whole"))
-    Cache.draws, Cache.kill_at = 0, 5  # dies two steps after the checkpoint of step 3
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, vae: Vae) -> Path:
+    """The checkpoint of six steps in one go."""
+    torch.set_num_threads(1)
+    cache = LatentCache(**tensors(), objects=5)
+    return train_model(SMALL, cache, vae, None, options(tmp_path_factory.mktemp("whole")))
+
+
+def test_resume_goes_on_exactly(whole: Path, tmp_path: Path, cache: Cache, vae: Vae) -> None:
+    Cache.kill_at = 5  # dies two steps after the checkpoint of step 3
     with pytest.raises(KeyboardInterrupt):
-        train_model(SMALL, cache, vae, None, options(tmp_path / "killed"))
-    assert load_state(tmp_path / "killed/checkpoint")["step"] == 3
+        train_model(SMALL, cache, vae, None, options(tmp_path))
+    assert load_state(tmp_path / "checkpoint")["step"] == 3
     Cache.draws, Cache.kill_at = 0, -1
-    resumed = train_model(SMALL, cache, vae, None, options(tmp_path / "killed", resume=True))
+    resumed = train_model(SMALL, cache, vae, None, options(tmp_path, resume=True))
     assert Cache.draws == 3
     for name in ("model", "ema", "optimizer"):
         a, b = (load_file(folder / f"{name}.safetensors") for folder in (whole, resumed))
@@ -95,17 +102,15 @@ def test_resume_goes_on_exactly(tmp_path: Path, cache: Cache, vae: Vae) -> None:
     # Step 4 was logged before the kill and again after it; the log says it once.
     logs = [(folder.parent / "log.jsonl").read_text() for folder in (whole, resumed)]
     assert logs[0] == logs[1]
-    steps = [json.loads(line)["step"] for line in logs[0].splitlines()]
-    assert steps == [2, 3, 4, 6]
+    assert [json.loads(line)["step"] for line in logs[0].splitlines()] == [2, 3, 4, 6]
 
 
-def test_a_log_entry_is_the_mean_of_its_steps(tmp_path: Path, cache: Cache, vae: Vae) -> None:
-    """Also of the first entry after a resume, which may stand for fewer steps."""
-    each = train_model(SMALL, cache, vae, None, options(tmp_path / "each", log_every=1))
-    some = train_model(SMALL, cache, vae, None, options(tmp_path / "some", log_every=4))
+def test_a_log_entry_is_the_mean_of_its_steps(whole: Path, tmp_path: Path, cache: Cache, vae: Vae) -> None:
+    """Also where a checkpoint between two log lines cuts it short."""
+    each = train_model(SMALL, cache, vae, None, options(tmp_path, log_every=1))
     by_step = {entry["step"]: entry for entry in load_state(each)["history"]}
     begin = 1
-    for entry in load_state(some)["history"]:
+    for entry in load_state(whole)["history"]:
         steps = range(begin, entry["step"] + 1)
         for name in ("diffusion", "var", "mi", "total", "grad_norm"):
             mean = np.mean([by_step[step][name] for step in steps])
@@ -151,11 +156,12 @@ def test_runs_without_the_regularisers(tmp_path: Path, cache: Cache, vae: Vae) -
     train_model(preset, cache, vae, None, options(tmp_path, resume=True))
 
 
-def test_start_from_begins_with_the_averaged_weights(tmp_path: Path, cache: Cache, vae: Vae) -> None:
+def test_start_from_begins_with_the_averaged_weights(
+    whole: Path, tmp_path: Path, cache: Cache, vae: Vae
+) -> None:
     frozen = with_train(SMALL, steps=1, lr=1e-12, lr_final=0.0, weight_decay=0.0)
-    first = train_model(with_train(SMALL, steps=2), cache, vae, None, options(tmp_path / "a"))
-    second = train_model(frozen, cache, vae, None, options(tmp_path / "b", start_from=first))
-    ema, start = load_file(first / "ema.safetensors"), load_file(second / "model.safetensors")
+    begun = train_model(frozen, cache, vae, None, options(tmp_path / "b", start_from=whole))
+    ema, start = load_file(whole / "ema.safetensors"), load_file(begun / "model.safetensors")
     assert all(torch.allclose(ema[name], start[name], atol=1e-6) for name in ema)
     with pytest.raises(FileNotFoundError, match="ema.safetensors is missing"):
         train_model(frozen, cache, vae, None, options(tmp_path / "c", start_from=tmp_path))
