@@ -69,7 +69,8 @@ def main(profile: str, batch: int | None, steps: int, compile_: bool, channels_l
     memory = torch.cuda.max_memory_allocated() / 2**30 if half else float("nan")
     print(
         f"{profile} batch {size} compile={compile_} channels_last={channels_last}: "
-        f"{1e3 * median:.1f} ms a step, {size / median:.0f} objects/s, warm-up {warm:.0f} s, peak {memory:.1f} GiB",
+        f"{1e3 * median:.1f} ms a step, {size / median:.0f} objects/s, "
+        f"warm-up {warm:.0f} s, peak {memory:.1f} GiB",
         flush=True,
     )
 
