@@ -145,7 +145,9 @@ def open_onnx(path: Path) -> Any:
     """An ONNX Runtime session on the CPU."""
     import onnxruntime
 
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # as the runtime does
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def run_onnx(session: Any, inputs: tuple[torch.Tensor, ...]) -> list[NDArray[np.float32]]:

@@ -327,9 +327,12 @@ def sweep(checkpoint: Path, objects: Path, device: str | None) -> None:
 @seed_option
 def toy(out: Path, steps: int, vae_steps: int, seed: int) -> None:
     """Run the whole method, small, on a CPU: objects, training, bundle, mesh (see train/toy.py)."""
+    from subprocess import CalledProcessError
+
     from train.toy import run
 
-    with plain_errors(FloatingPointError, OSError):
+    # A program that `run` started has told its own error by then.
+    with plain_errors(FloatingPointError, OSError, CalledProcessError):
         run(out, steps=steps, vae_steps=vae_steps, seed=seed)
 
 

@@ -92,9 +92,16 @@ def test_fit_reports_progress_and_empty_views() -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_stages_too_coarse_are_left_out() -> None:
+    assert FitOptions(resolution=160, iterations=(1, 2, 3, 4)).stages == ((20, 1), (40, 2), (80, 3), (160, 4))
+    assert FitOptions(resolution=64, iterations=(1, 2, 3, 4)).stages == ((16, 2), (32, 3), (64, 4))
+    assert FitOptions(resolution=100, iterations=(1, 2, 3, 4)).stages == ((25, 2), (50, 3), (100, 4))
+    assert FitOptions(resolution=33, iterations=(1, 2, 3, 4)).stages == ((33, 4),)
+
+
 def test_fit_options_are_checked() -> None:
     for wrong in (
-        {"resolution": 100, "iterations": (1, 1, 1, 1)},
+        {"resolution": 15},
         {"resolution": 1024},
         {"w_rgb": -1.0},
         {"keep_normal": 0.0},

@@ -24,12 +24,16 @@ MIN_SILHOUETTE_PX = 16
 """Fewer foreground pixels than this in all six views together are noise, not an object."""
 
 
+MIN_NODES, MAX_NODES = 16, 512
+
+
 @dataclass(frozen=True)
 class FitOptions:
     """Settings of `fit`; the defaults are for six views of 256 px."""
 
     resolution: int = 160  # nodes along each axis of the final grid
-    iterations: tuple[int, ...] = (30, 40, 40, 40)  # at resolution / 2^k, ..., resolution / 2, resolution
+    iterations: tuple[int, ...] = (30, 40, 40, 40)  # at resolution / 2^k, ..., resolution / 2, resolution;
+    # stages whose grid would be no whole number of nodes, or fewer than MIN_NODES, are left out
     rays_per_iteration: int = 25_000
     seed: int = 0
     w_rgb: float = 0.3  # Eq. 19
@@ -54,13 +58,11 @@ class FitOptions:
         Raises:
             ValueError: naming the option, its value and what it may be.
         """
-        shrink = 2 ** (len(self.iterations) - 1)
         if not self.iterations or min(self.iterations) < 0:
             raise ValueError(f"FitOptions.iterations must be counts >= 0, one a stage, got {self.iterations}")
-        if self.resolution % shrink or not 16 <= self.resolution // shrink <= self.resolution <= 512:
+        if not MIN_NODES <= self.resolution <= MAX_NODES:
             raise ValueError(
-                f"FitOptions.resolution={self.resolution} must be at most 512, divisible by {shrink} "
-                f"(for {len(self.iterations)} stages) and leave at least 16 nodes in the first stage"
+                f"FitOptions.resolution must be from {MIN_NODES} to {MAX_NODES}, got {self.resolution}"
             )
         if self.rays_per_iteration < 1000:
             raise ValueError(
@@ -76,6 +78,17 @@ class FitOptions:
                 raise ValueError(f"FitOptions.{item.name} must be in (0, 1), got {value}")
         if not 0.1 <= self.sample_step <= 1.5:
             raise ValueError(f"FitOptions.sample_step must be in [0.1, 1.5], got {self.sample_step}")
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """`(nodes along an axis, iterations)` of each stage, coarse to fine."""
+        last = len(self.iterations) - 1
+        shrinks = [2 ** (last - stage) for stage in range(last + 1)]
+        return tuple(
+            (self.resolution // shrink, count)
+            for shrink, count in zip(shrinks, self.iterations, strict=True)
+            if self.resolution % shrink == 0 and self.resolution // shrink >= MIN_NODES
+        )
 
 
 def fit(
@@ -107,8 +120,6 @@ def fit(
     from uc3d_rt.neus.redistance import restore_distance
 
     pixels = select_pixels(color, normal, masks, options.seed)
-    stages = len(options.iterations)
-    resolutions = [options.resolution >> (stages - 1 - stage) for stage in range(stages)]
     hull = hull_sdf(masks, options.resolution)
     if not (hull < 0).any():
         raise FitError(
@@ -116,8 +127,8 @@ def fit(
             "try another seed or more sampling steps"
         )
     state: _State | None = None
-    total, done = sum(options.iterations), 0
-    for stage, resolution in enumerate(resolutions):
+    total, done = sum(count for _, count in options.stages), 0
+    for stage, (resolution, count) in enumerate(options.stages):
         start = hull if resolution == options.resolution else resample(hull, resolution)
         start = start * np.float32(0.5 * resolution)
         if state is None:
@@ -130,8 +141,9 @@ def fit(
             colors = resample(state.color, resolution)
         restore_distance(sdf)
         state = _State(sdf=sdf, color=colors, start=start)
-        for iteration in range(options.iterations[stage]):
-            _iterate(state, pixels, masks.shape[-1], options, stage, iteration)
+        for iteration in range(count):
+            progress = iteration / max(count - 1, 1)
+            _iterate(state, pixels, masks.shape[-1], options, stage, iteration, progress)
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
@@ -196,7 +208,13 @@ HULL_SLACK = 0.25
 
 
 def _iterate(
-    state: _State, pixels: Pixels, size: int, options: FitOptions, stage: int, iteration: int
+    state: _State,
+    pixels: Pixels,
+    size: int,
+    options: FitOptions,
+    stage: int,
+    iteration: int,
+    progress: float,  # through the stage, 0 to 1
 ) -> None:
     from uc3d_rt.neus.adam import adam_step
     from uc3d_rt.neus.redistance import restore_distance
@@ -238,7 +256,6 @@ def _iterate(
     )
     regularize(state.sdf, state.nodes, options.w_eikonal, state.smooth, state.laplacian, state.d_sdf)
 
-    progress = iteration / max(options.iterations[stage] - 1, 1)
     rate = options.final_rate**progress
     flat = (-1, 1)
     adam_step(
