@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 import trimesh
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
+from train.mesh_metrics import chamfer
+from train.metrics import silhouette_iou
 from train.objects import Object, find_objects, load_object
 from train.render import Scene, View
 from uc3d_rt.mesh.build import MeshOptions, build_mesh
@@ -41,7 +42,6 @@ from uc3d_rt.neus.hull import hull_sdf
 from uc3d_rt.views import TARGET_CAMERAS, decode_normals
 
 FloatArray = NDArray[np.float32]
-SAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -66,24 +66,6 @@ def target_views(thing: Object, size_px: int) -> tuple[FloatArray, FloatArray]:
         images = scene.render([View(camera) for camera in TARGET_CAMERAS], size_px)
     normal, _ = decode_normals(images.normal.astype(np.float32) / 255.0)
     return images.color.astype(np.float32) / 255.0, normal
-
-
-def chamfer(truth: Object, vertices: NDArray[np.floating], faces: NDArray[np.integer]) -> float:
-    """Mean of both mean nearest distances, the truth's longest side scaled to 1."""
-    reference = trimesh.Trimesh(truth.vertices, truth.faces, process=False)
-    scale = 1.0 / float(reference.extents.max())
-    a = trimesh.sample.sample_surface(reference, SAMPLES, seed=0)[0] * scale
-    b = (
-        trimesh.sample.sample_surface(trimesh.Trimesh(vertices, faces, process=False), SAMPLES, seed=1)[0]
-        * scale
-    )
-    return float(0.5 * (cKDTree(a).query(b)[0].mean() + cKDTree(b).query(a)[0].mean()))
-
-
-def silhouette_iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
-    """Mean over the views of intersection over union."""
-    both, either = (a & b).sum(axis=(1, 2)), (a | b).sum(axis=(1, 2))
-    return float((both / np.maximum(either, 1)).mean())
 
 
 def measure(
@@ -111,8 +93,8 @@ def measure(
         name=path.stem,
         iou=silhouette_iou(mask, wanted),
         normal_deg=float(np.degrees(np.arccos(cosine)).mean()),
-        chamfer=chamfer(truth, vertices, faces),
-        chamfer_hull=chamfer(truth, hull.vertices, hull.faces),
+        chamfer=chamfer(mesh, truth),
+        chamfer_hull=chamfer(hull, truth),
         fit_s=fitted - started,
         mesh_s=built - fitted,
         faces=len(faces),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import trimesh
+from scipy.ndimage import gaussian_filter
 
 from tests.runtime import analytic
 from uc3d_rt.errors import FitError
@@ -168,3 +169,19 @@ def test_mesh_options_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match="MeshOptions"):
             MeshOptions(**wrong)
+
+
+def test_a_sponge_does_not_keep_its_faces() -> None:
+    rng = np.random.default_rng(0)
+    size = 64
+    holes = gaussian_filter(rng.standard_normal((size,) * 3), 1.0)
+    axis = node_coordinates(size)
+    ball = np.sqrt(axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[None, None, :] ** 2) - 0.7
+    sdf = np.maximum(ball, holes / holes.std() * 0.02).astype(np.float32)
+    field = field_of(sdf)
+    color, normal = analytic.six_views(analytic.sphere((0, 0, 0), 0.7), 64)
+    options = MeshOptions(texture="vertex", faces=300)
+    mesh = build_mesh(field, color, normal, options)
+    assert len(extract_surface(field, 0.05).faces) > 30_000
+    assert len(mesh.faces) < 8_000
+    assert mesh.is_watertight

@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uc3d_rt.mesh.surface import FloatArray, Surface, crease_normals, largest_parts, vertex_normals
-from uc3d_rt.neus.field import Field
+from uc3d_rt.neus.field import Field, resample
 
 if TYPE_CHECKING:
     import trimesh
 
 Progress = Callable[[int, int], None]
+
+MOST_EXCESS = 5
+"""Times the wanted faces that decimation may leave before a coarser grid is used."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,10 @@ def build_mesh(
     Raises:
         FitError: the field holds no surface that can be closed.
     """
-    from uc3d_rt.mesh.extract import extract_surface
-    from uc3d_rt.mesh.simplify import simplify_surface
-
     options = options or MeshOptions()
     steps = 4 if options.texture == "atlas" else 3
     report = on_progress or (lambda done, total: None)
-    surface = extract_surface(field, options.min_share)
-    report(1, steps)
-    # Decimation can cut a thin bridge, hence once more.
-    surface = largest_parts(simplify_surface(surface, options.faces), options.min_share)
+    surface = _simple_surface(field, options, lambda: report(1, steps))
     normals = vertex_normals(surface)
     report(2, steps)
     if options.texture == "vertex":
@@ -91,6 +88,26 @@ def build_mesh(
         mesh = _textured(surface, normals, color, normal, options, report)
     report(steps, steps)
     return mesh
+
+
+def _simple_surface(field: Field, options: MeshOptions, extracted: Callable[[], None]) -> Surface:
+    """The field's surface with about the wanted number of faces.
+
+    Views that contradict each other can leave a sponge whose handles no decimation removes, and unwrapping
+    hundreds of thousands of faces takes minutes: such a surface is taken from a grid half as fine.
+    """
+    from uc3d_rt.mesh.extract import extract_surface
+    from uc3d_rt.mesh.simplify import simplify_surface
+
+    while True:
+        surface = extract_surface(field, options.min_share)
+        extracted()
+        surface = simplify_surface(surface, options.faces)
+        surface = largest_parts(surface, options.min_share)  # decimation can cut a thin bridge
+        coarse = field.resolution // 2
+        if not options.faces or len(surface.faces) <= MOST_EXCESS * options.faces or coarse < 32:
+            return surface
+        field = Field(resample(field.sdf, coarse), resample(field.color, coarse))
 
 
 def _vertex_colored(
