@@ -35,7 +35,6 @@ class Column:
     title: str
     digits: int
     more_is_better: bool
-    of_mesh: bool = False
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -43,8 +42,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("ssim", "SSIM ↑", 3, True),
     Column("silhouette_iou", "silhouette IoU ↑", 3, True),
     Column("normal_deg", "normals ° ↓", 1, False),
-    Column("chamfer", "Chamfer ↓", 4, False, of_mesh=True),
-    Column("volume_iou", "volume IoU ↑", 3, True, of_mesh=True),
+    Column("chamfer", "Chamfer ↓", 4, False),
+    Column("volume_iou", "volume IoU ↑", 3, True),
 )
 
 
