@@ -7,12 +7,11 @@ leaves the cameras where they are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train.objects import Object, joined, normalized
 from train.render import Light
 from uc3d_rt.views import BOUNDING_RADIUS, FOCAL_LENGTHS_MM, HALF_WINDOW, Camera, project
 
@@ -26,7 +25,6 @@ SATURATION_RANGE = (0.6, 1.3)
 BRIGHTNESS_RANGE = (0.75, 1.2)
 ELEVATION_RANGE_DEG = (-20.0, 40.0)
 ORTHOGRAPHIC_SHARE = 0.4
-PAIR_SHARE = 0.1  # of variants show two objects
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # of linear sRGB
 
@@ -145,17 +143,3 @@ def tight_window(
     low, high = uv.min(axis=0), uv.max(axis=0)
     half = max(float((high - low).max()) / 2.0 / fill, 1e-3 * HALF_WINDOW)
     return (float(low[0] + high[0]) / 2.0, float(low[1] + high[1]) / 2.0, half)
-
-
-def pair_of(a: Object, b: Object, rng: np.random.Generator) -> Object:
-    """Two objects side by side on one floor, as one object."""
-    size = float(rng.uniform(0.5, 1.0))
-    angle = float(rng.uniform(0.0, 360.0))
-    gap = float(rng.uniform(0.02, 0.2))
-    turned = (b.vertices * size) @ yaw_matrix(rng.uniform(0.0, 360.0)).T.astype(np.float32)
-    direction = np.array([math.sin(math.radians(angle)), 0.0, math.cos(math.radians(angle))], np.float32)
-    reach = float((a.vertices @ direction).max() - (turned @ direction).min()) + gap
-    moved = turned + direction * reach
-    moved[:, 1] += a.vertices[:, 1].min() - moved[:, 1].min()
-    both = joined([a, replace(b, vertices=moved.astype(np.float32))], f"{a.name}+{b.name}")
-    return normalized(both)

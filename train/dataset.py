@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from train.augment import (
-    PAIR_SHARE,
     Variation,
     normalizing_placement,
-    pair_of,
     random_input_camera,
     random_light,
     random_variation,
@@ -31,6 +30,7 @@ from train.augment import (
 )
 from train.objects import Object, load_object
 from train.render import TARGET_LIGHT, Scene, View
+from train.subjects import other_of, subject
 from uc3d_rt.errors import ImageError
 from uc3d_rt.preprocess import frame_object
 from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS
@@ -46,6 +46,9 @@ INPUT_OVERSAMPLE = 1.125
 INPUT_FILL = 0.95
 """Share of the rendered input that the object's longer side fills, so framing shrinks it by about a
 fifth and never enlarges it."""
+
+KEPT_OBJECTS = 128
+"""Objects a process keeps in memory, to be parts of others' variants."""
 
 MAX_ATTEMPTS = 8
 """Draws of a variant until its input views show something; a sheet can stand edge-on."""
@@ -141,7 +144,7 @@ def render_folder(
     """Stream `variants` variants of every object, in order: `(object index, variant index, variant)`.
 
     Threads read objects ahead and frame inputs behind; the device renders between them.  With
-    `augment`, about a tenth of the variants show the object beside another one of `objects`.
+    `augment`, many variants show the object reshaped, or with others of `objects` (`train.subjects`).
 
     Args:
         objects: files, as from `find_objects`.
@@ -249,30 +252,26 @@ class _Group:
     plans: tuple[tuple[int, _Plan], ...]  # (variant index, its views)
 
 
-def _subject(
-    objects: Sequence[Path], index: int, obj: Object, rng: np.random.Generator, augment: bool
-) -> Object:
-    """The object itself or, for a share of the variants, a pair with another one."""
-    if not augment or rng.random() >= PAIR_SHARE or len(objects) == 1:
-        return obj
-    other = (index + int(rng.integers(1, len(objects)))) % len(objects)
-    return pair_of(obj, load_object(objects[other]), rng)
+@lru_cache(KEPT_OBJECTS)
+def _kept_object(path: Path) -> Object:
+    return load_object(path)
 
 
 def _read_groups(
     objects: Sequence[Path], index: int, variants: int, inputs: int, seed: int, augment: bool
 ) -> list[_Group]:
-    obj = load_object(objects[index])
+    obj = _kept_object(objects[index])
+    other = other_of(objects, index, lambda number: _kept_object(objects[number]))
     groups: list[_Group] = []
     alone = []
     for variant in range(variants):
         rng = variant_rng(seed, obj.name, variant)
-        subject = _subject(objects, index, obj, rng, augment)
-        plan = _plan_variant(subject, rng, inputs, augment)
-        if subject is obj:
+        shown = subject(obj, rng, other) if augment else obj
+        plan = _plan_variant(shown, rng, inputs, augment)
+        if shown is obj:
             alone.append((variant, plan))
         else:
-            groups.append(_Group(subject, ((variant, plan),)))
+            groups.append(_Group(shown, ((variant, plan),)))
     return [_Group(obj, tuple(alone)), *groups] if alone else groups
 
 

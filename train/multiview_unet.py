@@ -17,6 +17,23 @@ from torch import Tensor, nn
 
 from train.presets import UNetSpec
 
+PLACE_FREQUENCIES = 4
+
+
+def place_features(side: int, views: int, like: Tensor) -> Tensor:
+    """Where a token stands: (views, side * side, 4 * PLACE_FREQUENCIES + views).
+
+    Sines and cosines of its column and row, and which view it is of: attention is blind to both.
+    """
+    at = (torch.arange(side, device=like.device, dtype=torch.float32) + 0.5) * (2.0 / side) - 1.0
+    octaves = torch.exp2(torch.arange(PLACE_FREQUENCIES, device=like.device, dtype=torch.float32) - 1.0)
+    angles = at[:, None] * (octaves * math.pi)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, 2 F)
+    column, row = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
+    view = torch.eye(views, device=like.device).repeat_interleave(side * side, dim=0)
+    place = torch.cat([torch.cat([column, row], dim=-1).repeat(views, 1), view], dim=-1)
+    return place.reshape(views, side * side, -1).to(like.dtype)
+
 
 class MultiviewBlock(nn.Module):
     """A transformer block with self-, row-wise and cross-attention, and its feed-forward.
@@ -36,7 +53,9 @@ class MultiviewBlock(nn.Module):
         )
         self.norm2, self.attn2 = block.norm2, block.attn2
         self.norm3, self.ff = block.norm3, block.ff
-        # A pretrained block starts as it was: the new path adds nothing until it has learned.
+        self.place = nn.Linear(4 * PLACE_FREQUENCIES + views, dim, bias=False)
+        # A pretrained block starts as it was: what is new adds nothing until it has learned.
+        nn.init.zeros_(self.place.weight)
         nn.init.zeros_(self.attn_row.to_out[0].weight)
         nn.init.zeros_(self.attn_row.to_out[0].bias)
 
@@ -54,6 +73,7 @@ class MultiviewBlock(nn.Module):
         x, v = hidden_states, self.views
         n, c = x.shape[1], x.shape[2]
         side = math.isqrt(n)
+        x = (x.reshape(-1, v, n, c) + self.place(place_features(side, v, x))).reshape(-1, n, c)
         x = x + self.attn1(self.norm1(x))
 
         rows = x.reshape(-1, v, side, side, c).transpose(1, 2).reshape(-1, v * side, c)  # (b h) (v w) c

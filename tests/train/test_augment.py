@@ -11,7 +11,6 @@ from train.augment import (
     MIRROR_SHARE,
     hue_matrix,
     normalizing_placement,
-    pair_of,
     random_albedo,
     random_input_camera,
     random_light,
@@ -144,20 +143,6 @@ def test_tight_window_fits_the_rendered_silhouette(camera: Camera) -> None:
     assert len(rows) == pytest.approx(160, abs=2)  # the taller side fills 0.8 of 200
     assert rows.min() + rows.max() == pytest.approx(199, abs=2)
     assert columns.min() + columns.max() == pytest.approx(199, abs=2)
-
-
-def test_pairs_stand_side_by_side_on_one_floor() -> None:
-    a, b = cone((1.0, 0.0, 0.0)), cone((0.0, 0.0, 1.0))
-    for seed in range(10):
-        pair = pair_of(a, b, np.random.default_rng(seed))
-        assert pair.name == "cone+cone" and len(pair.faces) == len(a.faces) + len(b.faces)
-        assert np.linalg.norm(pair.vertices, axis=1).max() == pytest.approx(BOUNDING_RADIUS, abs=1e-5)
-        first, second = (pair.vertices[np.unique(pair.faces[pair.face_material == m])] for m in (0, 1))
-        assert first[:, 1].min() == pytest.approx(second[:, 1].min(), abs=1e-4)
-        angles = np.radians(np.arange(0, 360, 1))
-        directions = np.stack([np.sin(angles), np.zeros(360), np.cos(angles)], axis=1)
-        gap = ((second @ directions.T).min(axis=0) - (first @ directions.T).max(axis=0)).max()
-        assert gap > 0.0  # a plane passes between them
 
 
 def test_the_same_generator_draws_the_same() -> None:

@@ -14,7 +14,7 @@ from train.dataset import (
     render_variant,
     variant_rng,
 )
-from train.objects import find_objects, load_object
+from train.objects import Object, find_objects, load_object
 from train.render import Scene, View
 from uc3d_rt.preprocess import FILL, frame_object
 from uc3d_rt.views import TARGET_CAMERAS, Camera, decode_normals
@@ -97,7 +97,7 @@ def stream(
 
 
 def test_the_order_of_work_does_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "PAIR_SHARE", 0.0)  # a partner depends on the list
+    monkeypatch.setattr(dataset, "subject", lambda own, rng, other: own)  # a partner depends on the list
     one, three = stream(folder, 1), stream(folder, 3, order=-1)
     assert one.keys() == three.keys() and len(one) == 8
     for key, variant in one.items():
@@ -108,13 +108,24 @@ def test_the_order_of_work_does_not_matter(folder: Path, monkeypatch: pytest.Mon
     assert not torch.equal(first.color, stream(folder, 1, seed=4)[("object0.ply", 0)].color)
 
 
-def test_pairs_are_part_of_the_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "PAIR_SHARE", 0.5)
+def test_changed_objects_are_part_of_the_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = stream(folder, 2)
-    monkeypatch.setattr(dataset, "PAIR_SHARE", 0.0)
-    alone = stream(folder, 2)
-    same = [torch.equal(mixed[key].color, alone[key].color) for key in alone]
-    assert 0 < sum(same) < 8  # the others show two objects
+    for key, variant in stream(folder, 3).items():
+        assert torch.equal(variant.color, mixed[key].color) and (variant.inputs == mixed[key].inputs).all()
+    drawn: list[bool] = []
+    real = dataset.subject
+
+    def watched(own: Object, rng: np.random.Generator, other: object) -> Object:
+        shown = real(own, rng, other)  # type: ignore[arg-type]
+        drawn.append(shown is not own)
+        return shown
+
+    monkeypatch.setattr(dataset, "subject", watched)
+    stream(folder, 1)
+    assert len(drawn) == 8 and any(drawn)
+    drawn.clear()
+    list(render_folder(find_objects(folder), "cpu", 2, 1, 3, 1, image_px=32, samples=1, augment=False))
+    assert not drawn
 
 
 def test_stream_is_in_order_and_reports(folder: Path) -> None:

@@ -119,6 +119,19 @@ def test_row_attention_mixes_the_same_row_of_all_views_only() -> None:
 
 
 @torch.no_grad()
+def test_places_tell_tokens_apart() -> None:
+    layer, side, dim = block(), 8, 32
+    x = torch.ones(B * V, side * side, dim) * torch.linspace(-1, 1, dim)
+    tokens = torch.randn(B, 16, 64, generator=torch.Generator().manual_seed(1))
+    out = layer(x, encoder_hidden_states=tokens).reshape(B, V * side * side, dim)
+    apart = torch.cdist(out[0], out[0]) + torch.eye(V * side * side)
+    assert apart.min() > 0.05  # every column, row and view
+    layer.place.weight.zero_()
+    out = layer(x, encoder_hidden_states=tokens)
+    assert (out - out[:, :1]).abs().max() < 1e-4  # attention alone is blind to them
+
+
+@torch.no_grad()
 def test_views_talk_and_objects_do_not(unet: MultiviewUNet) -> None:
     given = inputs()
     before = unet(**given)
