@@ -31,10 +31,12 @@ def cli() -> None:
 @click.option("--guidance", type=float, help="Default guidance scale to record.")
 @click.option("--guidance-interval", type=(float, float), help="Where guidance acts, as shares of T.")
 @click.option("--guidance-rescale", type=float, help="Default guidance rescaling to record, 0 to 1.")
+@click.option("--noise-scale", type=click.FloatRange(0, 1), help="Default start noise to record.")
 @click.option("--data", default="", help="Training data and licences, recorded in the manifest.")
 def onnx(
     checkpoint: Path, out: Path, weights: str, steps: int | None, guidance: float | None,
-    guidance_interval: tuple[float, float] | None, guidance_rescale: float | None, data: str,
+    guidance_interval: tuple[float, float] | None, guidance_rescale: float | None, noise_scale: float | None,
+    data: str,
 ) -> None:  # fmt: skip
     """Write the five networks as ONNX with a manifest, after checking them against torch."""
     from dataclasses import replace
@@ -44,7 +46,7 @@ def onnx(
 
     chosen = {
         "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval,
-        "guidance_rescale": guidance_rescale,
+        "guidance_rescale": guidance_rescale, "noise_scale": noise_scale,
     }  # fmt: skip
     try:
         sampling = replace(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from train.model import MultiviewModel
 from train.vae import Vae
+from uc3d_rt.contract import SamplingDefaults
 from uc3d_rt.sampler import ddim
 from uc3d_rt.views import decode_normals
 
@@ -19,12 +20,8 @@ def sample_views(
     vae: Vae,
     image: Tensor,  # (b, 3, H, W) in [0, 1]
     focal: Tensor,  # (b,)
-    *,
-    steps: int,
-    guidance: float,
+    sampling: SamplingDefaults,
     seed: int = 0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    guidance_rescale: float = 0.0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
     """Sample the six views of every input.
 
@@ -60,12 +57,12 @@ def sample_views(
     noise = np.random.default_rng(seed).standard_normal((v, 2 * c, side, side), dtype=np.float32)
     z_0 = ddim(
         denoise,
-        np.tile(noise, (b, 1, 1, 1)),
+        np.tile(noise * np.float32(sampling.noise_scale), (b, 1, 1, 1)),
         preset.schedule,
-        steps=steps,
-        guidance=guidance,
-        guidance_interval=guidance_interval,
-        guidance_rescale=guidance_rescale,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        guidance_interval=sampling.guidance_interval,
+        guidance_rescale=sampling.guidance_rescale,
     )
     images = decode_pairs(vae, torch.from_numpy(z_0).to(device))
     color, normal = images.reshape(2, b, v, *images.shape[1:])

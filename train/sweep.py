@@ -1,8 +1,9 @@
-"""Which sampler settings suit a checkpoint: a table over guidance, its interval and its rescaling."""
+"""Which sampler settings suit a checkpoint: a table over guidance, where it acts, and the start noise."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,33 +14,36 @@ from train.metrics import normal_error_deg, psnr, silhouette_iou
 from train.model import MultiviewModel
 from train.sampling import sample_views
 from train.trainer import Watch
+from uc3d_rt.contract import SamplingDefaults
 
-SETTINGS: tuple[tuple[int, float, tuple[float, float], float], ...] = (
-    (50, 1.0, (0.0, 1.0), 0.0),
-    (50, 1.5, (0.0, 1.0), 0.0),
-    (50, 3.0, (0.0, 1.0), 0.0),
-    (50, 3.0, (0.0, 1.0), 0.7),
-    (50, 3.0, (0.0, 1.0), 1.0),
-    (50, 3.0, (0.0, 0.3), 0.0),
-    (50, 3.0, (0.0, 0.5), 0.0),
-    (50, 3.0, (0.0, 0.7), 0.0),
-    (50, 3.0, (0.2, 0.5), 0.0),
-    (50, 3.0, (0.2, 0.7), 0.0),
-    (50, 3.0, (0.0, 0.7), 0.7),
-    (50, 2.0, (0.0, 0.5), 0.0),
-    (20, 3.0, (0.0, 0.5), 0.0),
-    (10, 1.0, (0.0, 1.0), 0.0),
-    (4, 1.0, (0.0, 1.0), 0.0),
-    (1, 1.0, (0.0, 1.0), 0.0),
+_WHOLE = SamplingDefaults()  # 50 steps, guidance 3 over the whole interval
+_LATE = replace(_WHOLE, guidance_interval=(0.7, 1.0))
+
+SETTINGS: tuple[SamplingDefaults, ...] = (
+    _WHOLE,
+    replace(_WHOLE, guidance=1.0),
+    replace(_WHOLE, guidance=2.0),
+    replace(_WHOLE, guidance_rescale=0.7),
+    replace(_WHOLE, guidance_interval=(0.0, 0.5)),
+    replace(_WHOLE, guidance_interval=(0.5, 1.0)),
+    _LATE,
+    replace(_LATE, guidance=2.0),
+    replace(_LATE, noise_scale=0.7),
+    replace(_LATE, noise_scale=0.5),
+    replace(_LATE, noise_scale=0.3),
+    replace(_LATE, noise_scale=0.0),
+    replace(_LATE, steps=20, noise_scale=0.5),
+    replace(_LATE, steps=10, noise_scale=0.5),
+    replace(_WHOLE, steps=4, guidance=1.0),
+    replace(_WHOLE, steps=1, guidance=1.0),
 )
-"""(steps, guidance, interval, rescale)."""
 
 
 def sweep(
     checkpoint: Path,
     watch: Watch,
     device: str,
-    settings: Sequence[tuple[int, float, tuple[float, float], float]] = SETTINGS,
+    settings: Sequence[SamplingDefaults] = SETTINGS,
 ) -> str:
     """Sample the watched objects with every setting; returns a Markdown table."""
     preset = preset_of(checkpoint)
@@ -49,24 +53,16 @@ def sweep(
     picture = torch.from_numpy(watch.picture).to(device).permute(0, 3, 1, 2).float() / 255.0
     focal = torch.from_numpy(watch.focal).to(device)
     lines = [
-        "| steps | guidance | interval | rescale | PSNR | IoU | normals ° |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| steps | guidance | interval | rescale | noise | PSNR | IoU | normals ° |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for steps, guidance, interval, rescale in settings:
-        color, normal, mask = sample_views(
-            model,
-            vae,
-            picture,
-            focal,
-            steps=steps,
-            guidance=guidance,
-            guidance_interval=interval,
-            guidance_rescale=rescale,
-        )
+    for sampling in settings:
+        color, normal, mask = sample_views(model, vae, picture, focal, sampling)
         p = np.mean([psnr(a, b) for a, b in zip(color, watch.color, strict=True)])
         iou = np.mean([silhouette_iou(a, b) for a, b in zip(mask, watch.mask, strict=True)])
         pairs = zip(normal, watch.normal, mask, watch.mask, strict=True)
         angle = np.nanmean([normal_error_deg(*pair) for pair in pairs])
-        lines.append(f"| {steps} | {guidance} | {interval} | {rescale} | {p:.2f} | {iou:.3f} | {angle:.1f} |")
+        chosen = " | ".join(str(value) for value in astuple(sampling))
+        lines.append(f"| {chosen} | {p:.2f} | {iou:.3f} | {angle:.1f} |")
         print(lines[-1], flush=True)
     return "\n".join(lines)

@@ -375,7 +375,8 @@ def look(
     picture = torch.from_numpy(watch.picture).to(device).permute(0, 3, 1, 2).float() / 255.0
     focal = torch.from_numpy(watch.focal).to(device)
     for guidance in (1.0, preset.sampling.guidance):
-        color, normal, mask = sample_views(model, vae, picture, focal, steps=steps, guidance=guidance)
+        sampling = replace(preset.sampling, steps=steps, guidance=guidance)
+        color, normal, mask = sample_views(model, vae, picture, focal, sampling)
         figures = {
             "psnr": np.mean([psnr(a, b) for a, b in zip(color, watch.color, strict=True)]),
             "iou": np.mean([silhouette_iou(a, b) for a, b in zip(mask, watch.mask, strict=True)]),

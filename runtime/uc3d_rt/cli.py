@@ -35,6 +35,11 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--steps", type=int, help="Sampling steps; the bundle's default if left out.")
 @click.option("--guidance", type=float, help="Guidance scale, 1 = off; the bundle's default if left out.")
 @click.option(
+    "--noise-scale",
+    type=float,
+    help="0 to 1: less is smoother and varies less with the seed; the bundle's default if left out.",
+)
+@click.option(
     "--focal-mm", type=float, help="35 mm-equivalent focal length, 0 = orthographic; else from EXIF."
 )
 @click.option(
@@ -58,6 +63,7 @@ def command(
     seed: int,
     steps: int | None,
     guidance: float | None,
+    noise_scale: float | None,
     focal_mm: float | None,
     views_dir: Path | None,
     texture: Literal["atlas", "vertex"],
@@ -92,8 +98,9 @@ def command(
         numba.set_num_threads(min(threads, numba.get_num_threads()))
     with StageBars(shown=not quiet and sys.stderr.isatty()) as bars:
         views = pipeline.views(
-            image, steps=steps, guidance=guidance, seed=seed, focal_mm=focal_mm, on_progress=bars.update
-        )
+            image, steps=steps, guidance=guidance, noise_scale=noise_scale, seed=seed, focal_mm=focal_mm,
+            on_progress=bars.update,
+        )  # fmt: skip
         for note in views.notes:
             bars.say(f"warning: {note}")
         # Written before the fit: they are kept if it fails.

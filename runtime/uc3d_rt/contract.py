@@ -150,6 +150,7 @@ class SamplingDefaults:
     guidance: float = 3.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # of t / T where guidance acts
     guidance_rescale: float = 0.0
+    noise_scale: float = 1.0  # of the start noise; below 1: nearer to the mean of what may be
 
 
 @dataclass(frozen=True)

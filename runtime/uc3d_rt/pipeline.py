@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uc3d_rt.backends.base import Backend, Network, backend_for
-from uc3d_rt.contract import Manifest, load_manifest
+from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
 from uc3d_rt.errors import BundleError, UsageError
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
 from uc3d_rt.sampler import ddim
@@ -100,6 +100,7 @@ class Pipeline:
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        noise_scale: float | None = None,
         seed: int = 0,
         focal_mm: float | None = None,
         fit_options: FitOptions | None = None,
@@ -112,6 +113,8 @@ class Pipeline:
             image: path, Pillow image, or RGB / RGBA array (H, W, 3 or 4).
             steps: DDIM steps; None takes the bundle's default.
             guidance: classifier-free guidance scale, 1 = off; None takes the bundle's default.
+            noise_scale: of the start noise, 0 to 1: less is smoother and varies less with the seed;
+                None takes the bundle's default.
             seed: of the start noise and of the fit's ray choice.
             focal_mm: 35 mm-equivalent focal length; overrides EXIF; 0 = orthographic.
             fit_options: None = `FitOptions(seed=seed)`.
@@ -125,6 +128,7 @@ class Pipeline:
             image,
             steps=steps,
             guidance=guidance,
+            noise_scale=noise_scale,
             seed=seed,
             focal_mm=focal_mm,
             on_progress=on_progress,
@@ -139,22 +143,27 @@ class Pipeline:
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        noise_scale: float | None = None,
         seed: int = 0,
         focal_mm: float | None = None,
         on_progress: Progress | None = None,
     ) -> Views:
         """Generate the six views, without the fit; arguments and errors as `__call__`."""
-        sampling = self.manifest.sampling
-        steps = sampling.steps if steps is None else steps
-        guidance = sampling.guidance if guidance is None else guidance
-        self._check_sampling(steps, guidance, seed)
+        usual = self.manifest.sampling
+        sampling = replace(
+            usual,
+            steps=usual.steps if steps is None else steps,
+            guidance=usual.guidance if guidance is None else guidance,
+            noise_scale=usual.noise_scale if noise_scale is None else noise_scale,
+        )
+        self._check_sampling(sampling, seed)
         clock = _Clock(on_progress)
         with clock.stage("preprocess"):
             given = preprocess(image, self.manifest.shape.image_px, focal_mm)
         with clock.stage("encode"):
             tokens, image_latent = self._encode(given)
         with clock.stage("diffuse") as tick:
-            z_0 = self._diffuse(tokens, image_latent, given.focal, steps, guidance, seed, tick)
+            z_0 = self._diffuse(tokens, image_latent, given.focal, sampling, seed, tick)
         with clock.stage("decode") as tick:
             color, normal = self._decode(z_0, tick)
         return Views(color, normal, clock.seconds, given.notes)
@@ -210,13 +219,12 @@ class Pipeline:
         tokens: FloatArray,
         image_latent: FloatArray,
         focal: float,
-        steps: int,
-        guidance: float,
+        sampling: SamplingDefaults,
         seed: int,
         on_step: Callable[[int, int], None],
     ) -> FloatArray:
         """z_0 (6, 2c, h, w): colour and normal latents of the six views."""
-        shape, sampling = self.manifest.shape, self.manifest.sampling
+        shape = self.manifest.shape
         # The unconditional half sees no picture: tokens and E(y) zeroed together.
         both_tokens = np.concatenate([tokens, np.zeros_like(tokens)])
         both_latents = np.concatenate([image_latent, np.zeros_like(image_latent)])
@@ -238,10 +246,10 @@ class Pipeline:
 
             return ddim(
                 denoise,
-                z_T,
+                z_T * np.float32(sampling.noise_scale),
                 self.manifest.schedule,
-                steps=steps,
-                guidance=guidance,
+                steps=sampling.steps,
+                guidance=sampling.guidance,
                 guidance_interval=sampling.guidance_interval,
                 guidance_rescale=sampling.guidance_rescale,
                 on_step=on_step,
@@ -271,12 +279,14 @@ class Pipeline:
             with self._backend.open(self.bundle, self.manifest, name) as network:
                 yield network
 
-    def _check_sampling(self, steps: int, guidance: float, seed: int) -> None:
+    def _check_sampling(self, sampling: SamplingDefaults, seed: int) -> None:
         most = self.manifest.schedule.train_steps
-        if not 1 <= steps <= most:
-            raise UsageError(f"steps must be between 1 and {most}, got {steps}")
-        if not (math.isfinite(guidance) and guidance >= 0.0):
-            raise UsageError(f"guidance must be a number >= 0 (1 = off), got {guidance}")
+        if not 1 <= sampling.steps <= most:
+            raise UsageError(f"steps must be between 1 and {most}, got {sampling.steps}")
+        if not (math.isfinite(sampling.guidance) and sampling.guidance >= 0.0):
+            raise UsageError(f"guidance must be a number >= 0 (1 = off), got {sampling.guidance}")
+        if not 0.0 <= sampling.noise_scale <= 1.0:
+            raise UsageError(f"noise_scale must be between 0 and 1, got {sampling.noise_scale}")
         if seed < 0:
             raise UsageError(f"seed must be 0 or more, got {seed}")
 

@@ -180,12 +180,13 @@ def test_command_line(checkpoint: Path, ready_made: None, tmp_path: Path) -> Non
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result.exit_code, result.output
 
-    more = ("--steps", 20, "--guidance-interval", 0.0, 0.5, "--data", "mine")
+    more = ("--steps", 20, "--guidance-interval", 0.0, 0.5, "--noise-scale", 0.5, "--data", "mine")
     code, output = run("--checkpoint", checkpoint, "--out", tmp_path / "toy", *more)
     assert code == 0 and "bundle" in output and "fp32 relative error" in output
     manifest = json.loads((tmp_path / "toy" / "manifest.json").read_text())
     assert manifest["sampling"] == {
-        "steps": 20, "guidance": 3.0, "guidance_interval": [0.0, 0.5], "guidance_rescale": 0.0
+        "steps": 20, "guidance": 3.0, "guidance_interval": [0.0, 0.5], "guidance_rescale": 0.0,
+        "noise_scale": 0.5,
     }  # fmt: skip
     code, output = run("--checkpoint", tmp_path / "nothing", "--out", tmp_path / "new")
     assert code == 1 and "Error: no checkpoint at" in output and not (tmp_path / "new").exists()

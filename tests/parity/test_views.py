@@ -12,6 +12,7 @@ from train.model import MultiviewModel
 from train.presets import TOY
 from train.sampling import sample_views
 from train.vae import Vae
+from uc3d_rt.contract import SamplingDefaults
 from uc3d_rt.pipeline import Pipeline
 from uc3d_rt.preprocess import preprocess
 
@@ -53,15 +54,16 @@ def test_torch_and_runtime_views_agree(
 ) -> None:
     """At guidance 3, where a colour paired with another view's normals would show."""
     folder, model = checkpoint
-    found = pipeline.views(object_png, steps=steps, guidance=guidance, seed=4, focal_mm=focal_mm)
+    found = pipeline.views(
+        object_png, steps=steps, guidance=guidance, noise_scale=0.5, seed=4, focal_mm=focal_mm
+    )
     given = preprocess(object_png, TOY.shape.image_px, focal_mm)
     color, normal, mask = sample_views(
         model,
         load_vae(folder, TOY),
         torch.from_numpy(given.image)[None],
         torch.tensor([given.focal]),
-        steps=steps,
-        guidance=guidance,
+        SamplingDefaults(steps, guidance, noise_scale=0.5),
         seed=4,
     )
     drawn = np.linalg.norm(found.normal, axis=-1) > 0.5

@@ -178,6 +178,7 @@ def test_bundles_that_are_none(tmp_path: Path, object_png: Path, tiny_bundle: Pa
         ("--steps", "many"),
         ("--guidance", "-1"),
         ("--guidance", "nan"),
+        ("--noise-scale", "1.5"),
         ("--seed", "-1"),
         ("--focal-mm", "3"),
         ("--resolution", "7"),

@@ -67,6 +67,16 @@ def test_guidance_and_steps_matter(pipeline: Pipeline) -> None:
     assert np.abs(pipeline.views(object_rgba(), guidance=1.0).color - default.color).max() > 1e-4
 
 
+def test_without_noise_the_seed_does_not_matter(pipeline: Pipeline) -> None:
+    still, other = (pipeline.views(object_rgba(), noise_scale=0.0, seed=seed) for seed in (0, 1))
+    np.testing.assert_array_equal(still.color, other.color)
+    half, full = (pipeline.views(object_rgba(), noise_scale=scale) for scale in (0.5, 1.0))
+    np.testing.assert_array_equal(
+        full.color, pipeline.views(object_rgba()).color
+    )  # the tiny bundle's default
+    assert np.abs(half.color - full.color).max() > 1e-4 < np.abs(half.color - still.color).max()
+
+
 def test_progress_names_every_stage_and_ends_full(pipeline: Pipeline) -> None:
     heard: list[tuple[str, int, int]] = []
     pipeline(object_rgba(), fit_options=FAST, on_progress=lambda *told: heard.append(told))
@@ -79,7 +89,15 @@ def test_progress_names_every_stage_and_ends_full(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"steps": 101}, {"guidance": -0.1}, {"guidance": float("nan")}, {"seed": -1}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"steps": 101},
+        {"guidance": -0.1},
+        {"guidance": float("nan")},
+        {"noise_scale": 1.1},
+        {"seed": -1},
+    ],
 )
 def test_options_are_checked_before_the_work(pipeline: Pipeline, wrong: dict) -> None:
     with pytest.raises(UsageError):

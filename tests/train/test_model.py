@@ -12,7 +12,7 @@ from train.multiview_unet import MultiviewBlock, MultiviewUNet, widen_unet
 from train.presets import EDGE, TOY, Preset, UNetSpec
 from train.sampling import sample_views
 from train.vae import Vae
-from uc3d_rt.contract import TensorSpec, network_specs
+from uc3d_rt.contract import SamplingDefaults, TensorSpec, network_specs
 
 B, V = 2, 6
 
@@ -267,7 +267,7 @@ def test_guidance_is_between_the_picture_and_no_picture() -> None:
 
     hook = model.unet.register_forward_hook(spy)
     image, focal = torch.rand(2, 3, 32, 32), torch.tensor([-1.0, 1.5])
-    sample_views(model, vae, image, focal, steps=1, guidance=3.0)
+    sample_views(model, vae, image, focal, SamplingDefaults(1, 3.0))
     hook.remove()
     z, t, tokens, image_latent, told = seen[0]
     assert len(seen) == 1 and len(t) == 4 and bool((t == 999).all())
@@ -286,11 +286,11 @@ def test_pictures_sampled_together_are_those_sampled_alone() -> None:
     torch.manual_seed(0)
     model, vae = awake(MultiviewModel(TOY)), Vae(TOY.vae).eval().requires_grad_(False)
     image, focal = torch.rand(2, 3, 32, 32), torch.tensor([0.0, 1.5])
-    together = sample_views(model, vae, image, focal, steps=3, guidance=3.0, guidance_rescale=0.5)
+    together = sample_views(model, vae, image, focal, SamplingDefaults(3, 3.0, guidance_rescale=0.5))
     for b in range(2):
         part = slice(b, b + 1)
         alone = sample_views(
-            model, vae, image[part], focal[part], steps=3, guidance=3.0, guidance_rescale=0.5
+            model, vae, image[part], focal[part], SamplingDefaults(3, 3.0, guidance_rescale=0.5)
         )
         assert abs(alone[0][0] - together[0][b]).max() < 1e-3 or (alone[2][0] != together[2][b]).any()
         assert (alone[2][0] != together[2][b]).mean() < 1e-3

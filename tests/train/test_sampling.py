@@ -9,6 +9,7 @@ from train.model import MultiviewModel
 from train.presets import TOY
 from train.sampling import decode_pairs, sample_views
 from train.vae import Vae
+from uc3d_rt.contract import SamplingDefaults
 from uc3d_rt.views import decode_normals
 
 
@@ -45,7 +46,7 @@ def test_sampling_finds_the_latents(
     model, vae, z_0 = parts
     model.unet = Oracle(model, z_0)  # type: ignore[assignment]
     color, normal, mask = sample_views(
-        model, vae, torch.rand(2, 3, 32, 32), torch.zeros(2), steps=steps, guidance=guidance
+        model, vae, torch.rand(2, 3, 32, 32), torch.zeros(2), SamplingDefaults(steps, guidance)
     )
     assert color.shape == normal.shape == (2, 6, 32, 32, 3) and mask.shape == (2, 6, 32, 32)
     truth = decode_pairs(vae, z_0).reshape(2, 2, 6, 32, 32, 3)  # colour then normal; objects; views
@@ -64,7 +65,7 @@ def test_guidance_interval_saves_the_unconditional_half(parts: tuple[MultiviewMo
     model.unet = Oracle(model, z_0)  # type: ignore[assignment]
     model.unet.register_forward_hook(lambda _m, given, _o: seen.append(len(given[1])))
     image, focal = torch.rand(2, 3, 32, 32), torch.zeros(2)
-    sample_views(model, vae, image, focal, steps=10, guidance=3.0, guidance_interval=(0.0, 0.5))
+    sample_views(model, vae, image, focal, SamplingDefaults(10, 3.0, guidance_interval=(0.0, 0.5)))
     assert seen == [2] * 5 + [4] * 5
 
 
