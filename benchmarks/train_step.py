@@ -1,8 +1,10 @@
 """Time one training step of the multiview model on random latents.
 
     python benchmarks/train_step.py [--profile edge] [--batch 64] [--compile] [--channels-last]
+    python -m torch.distributed.run --nproc_per_node 4 benchmarks/train_step.py ... [--bf16-gradients]
 
-Prints objects a second (median of the timed steps, after warm-up) and the peak GPU memory.
+Prints objects a second of all processes (median of the timed steps, after warm-up), the processor's
+share of a step (the time until everything is queued), and the peak GPU memory.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from train.cache import LatentCache
 from train.model import MultiviewModel
 from train.presets import PRESETS
-from train.trainer import compile_blocks, step_generator
+from train.trainer import compile_blocks, make_accelerator, step_generator
 from train.vae import Vae
 
 
@@ -26,9 +28,13 @@ from train.vae import Vae
 @click.option("--steps", default=20, show_default=True)
 @click.option("--compile", "compile_", is_flag=True)
 @click.option("--channels-last", is_flag=True)
-def main(profile: str, batch: int | None, steps: int, compile_: bool, channels_last: bool) -> None:
+@click.option("--bf16-gradients", is_flag=True, help="With several processes: exchange them in bfloat16.")
+def main(
+    profile: str, batch: int | None, steps: int, compile_: bool, channels_last: bool, bf16_gradients: bool
+) -> None:
     preset = PRESETS[profile]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = make_accelerator(bf16_gradients)
+    device = accelerator.device
     half = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
     model, vae = MultiviewModel(preset).to(device), Vae(preset.vae).to(device).requires_grad_(False)
@@ -41,6 +47,7 @@ def main(profile: str, batch: int | None, steps: int, compile_: bool, channels_l
     picture = torch.randint(
         0, 255, (count, 1, shape.image_px, shape.image_px, 3), dtype=torch.uint8, device=device
     )
+    wrapped = accelerator.prepare_model(model)
     cache = LatentCache(
         z_0=latent.half(),
         image=picture,
@@ -49,27 +56,33 @@ def main(profile: str, batch: int | None, steps: int, compile_: bool, channels_l
         objects=count,
     )
     optimizer = torch.optim.AdamW(model.parameters(), fused=half)
-    size, times = batch or preset.train.batch, []
+    size = batch or preset.train.batch
+    times: list[float] = []
+    queueing: list[float] = []
     begin = time.perf_counter()
     for step in range(steps + 5):
         start = time.perf_counter()
         generator = step_generator(device, 0, 0, step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            losses = model(cache.draw(size, generator), vae, generator)
+        with accelerator.autocast():
+            losses = wrapped(cache.draw(size, generator), vae, generator)
         losses["total"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        queued = time.perf_counter() - start
         if half:
             torch.cuda.synchronize()
         if step == 4:
             warm = time.perf_counter() - begin
         if step >= 5:
             times.append(time.perf_counter() - start)
+            queueing.append(queued)
     median = statistics.median(times)
     memory = torch.cuda.max_memory_allocated() / 2**30 if half else float("nan")
-    print(
-        f"{profile} batch {size} compile={compile_} channels_last={channels_last}: "
-        f"{1e3 * median:.1f} ms a step, {size / median:.0f} objects/s, "
+    accelerator.print(
+        f"{profile} batch {accelerator.num_processes} x {size} compile={compile_} "
+        f"channels_last={channels_last} bf16_gradients={bf16_gradients}: {1e3 * median:.1f} ms a step "
+        f"(queued after {1e3 * statistics.median(queueing):.1f}), "
+        f"{accelerator.num_processes * size / median:.0f} objects/s, "
         f"warm-up {warm:.0f} s, peak {memory:.1f} GiB",
         flush=True,
     )

@@ -231,6 +231,7 @@ def cache(
 @click.option(
     "--compile", "compile_", is_flag=True, help="Compile the repeated blocks (minutes at the start)."
 )
+@click.option("--bf16-gradients", is_flag=True, help="Processes exchange gradients in bfloat16.")
 @click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=None,
@@ -242,7 +243,8 @@ def model(
     profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path, objects: Path | None,
     out: Path, steps: int | None, minutes: float | None, batch: int | None, lr: float | None,
     lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int, sheet_every: int,
-    compile_: bool, gradient_checkpointing: bool | None, resume: bool, start_from: Path | None,
+    compile_: bool, bf16_gradients: bool, gradient_checkpointing: bool | None, resume: bool,
+    start_from: Path | None,
 ) -> None:  # fmt: skip
     """Train the regularised multiview model on cached latents (Eq. 18)."""
     if resume and start_from is not None:
@@ -289,7 +291,7 @@ def model(
         state.print("no object is kept aside (about 1 in 50 is), so no sample sheets will be drawn")
     options = RunOptions(
         out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
-        resume=resume, start_from=start_from,
+        bf16_gradients=bf16_gradients, resume=resume, start_from=start_from,
     )  # fmt: skip
     with plain_errors(CheckpointError, FloatingPointError, OSError):
         train_model(preset, data, net, watch, options, unet)

@@ -215,7 +215,7 @@ EDGE = Preset(
     heads=HeadSpec(),
     # v-prediction and zero terminal SNR: eps at a tiny last alpha_bar multiplies every error.
     schedule=NoiseSchedule(zero_terminal_snr=True, prediction="v"),
-    sampling=SamplingDefaults(steps=50, guidance=3.0),
+    sampling=SamplingDefaults(steps=50, guidance=3.0, guidance_interval=(0.7, 1.0), noise_scale=0.5),
     train=TrainSpec(batch=64, steps=20_000, lr=2e-4, lr_final=1e-5, warmup=500),
 )
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
@@ -62,8 +63,20 @@ class RunOptions:
     sheet_every: int = 1000
     log_every: int = 20
     compile: bool = False
+    bf16_gradients: bool = False  # processes exchange gradients in bfloat16: half the bytes
     resume: bool = False
     start_from: Path | None = None  # begin with another checkpoint's EMA weights
+
+
+def make_accelerator(bf16_gradients: bool = False) -> Accelerator:
+    """bfloat16 autocast on GPUs; nothing but gradients is exchanged between processes each step."""
+    hook = DDPCommunicationHookType.BF16 if bf16_gradients else DDPCommunicationHookType.NO
+    distributed = DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook
+    )
+    return Accelerator(
+        mixed_precision="bf16" if torch.cuda.is_available() else "no", kwargs_handlers=[distributed]
+    )
 
 
 def step_generator(device: torch.device, seed: int, rank: int, step: int) -> torch.Generator:
@@ -231,7 +244,7 @@ def train_model(
         FloatingPointError: the loss or the gradient is no number any more; nothing is saved then.
         FileNotFoundError, CheckpointError: a checkpoint to go on from is missing or does not fit.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    accelerator = make_accelerator(options.bf16_gradients)
     device, spec = accelerator.device, preset.train
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(options.seed)
