@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_VENV := .venv-demo
-DEMO_IMAGE ?= examples/zebra.png
+DEMO_IMAGE ?= examples/night_stand.png
 # Folder of GLB, OBJ or PLY files for `make bench`.
 OBJECTS ?= objects
 DEMO_MESH ?= out/$(basename $(notdir $(DEMO_IMAGE))).glb
@@ -34,12 +34,9 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/fit.py --objects $(OBJECTS) --limit 50
 
 # A newcomer's road: plain install, one picture, one mesh.
-demo: engines/edge/manifest.json $(DEMO_VENV)/ready
+demo: $(DEMO_VENV)/ready
 	mkdir -p $(dir $(DEMO_MESH))
 	$(DEMO_VENV)/bin/uc3d-rt $(DEMO_IMAGE) -o $(DEMO_MESH)
-
-engines/edge/manifest.json:
-	@echo 'the trained bundle is not in engines/edge yet; make one: see "Train your own" in README.md' >&2; exit 1
 
 # torch is pinned and comes first, so that the extras find it and choose no other build.
 $(VENV)/ready: pyproject.toml hatch_build.py

@@ -252,6 +252,7 @@ def model(
 
     from dataclasses import replace
 
+    import torch
     from accelerate import PartialState
 
     from train.cache import load_cache
@@ -259,6 +260,8 @@ def model(
     from train.trainer import RunOptions, check_resumable, train_model, with_train
     from train.watch import watched
 
+    if bf16_gradients and not torch.cuda.is_available():
+        raise click.UsageError("--bf16-gradients is for several CUDA devices; leave it out")
     state, unet = PartialState(), None
     with plain_errors():
         losses = PRESETS[profile].train.losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,7 +221,12 @@ def test_importing_does_nothing_heavy() -> None:
 
 
 def test_the_default_bundle_is_the_one_that_ships() -> None:
-    assert default_bundle().parts[-2:] == ("engines", "edge") or default_bundle().parts[-2:] == (
-        "bundles",
-        "edge",
-    )
+    bundle = default_bundle()
+    assert bundle.parts[-2:] in (("engines", "edge"), ("bundles", "edge"))
+    manifest = load_manifest(bundle)
+    assert manifest.profile == "edge" and manifest.training["data"]
+    assert (manifest.sampling.steps, manifest.sampling.guidance) == (50, 3.0)
+    for entry in manifest.networks.values():
+        content = (bundle / entry.file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == entry.sha256 and len(content) == entry.bytes
+    assert sum(path.stat().st_size for path in bundle.iterdir() if path.is_file()) <= 48 * 2**20

@@ -276,6 +276,7 @@ def test_model_then_resume(made: Path, tmp_path: Path) -> None:
         (("--resume", "--start-from", "."), {}, "give one"),
         (("--pretrained", "."), {}, "--pretrained is for the sdxl profile"),
         (("--start-from", "."), {}, "ema.safetensors is missing; give the folder of a checkpoint"),
+        (("--bf16-gradients",), {}, "is for several CUDA devices"),
     ],
 )
 def test_mistakes_are_told_in_a_line(
