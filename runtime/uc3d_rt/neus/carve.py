@@ -22,8 +22,8 @@ IndexArray = NDArray[np.int64]
 BAND = 3.0
 """Node spacings around the surface within which the field is solved for."""
 
-STAY = 3e-3
-"""Weight of a node's value against its slopes: a step reaches some 1 / sqrt(STAY) = 18 nodes."""
+STAY = 0.03
+"""Weight of a node's value against its slopes: a step reaches some 1 / sqrt(STAY) = 6 nodes."""
 
 UNSEEN_WEIGHT = 0.05
 """Weight of the slope that a node has where the views see nothing of it, against 1 where they do."""
@@ -31,7 +31,7 @@ UNSEEN_WEIGHT = 0.05
 ENOUGH_PIXELS = 0.1
 """Share of the pixels that a node covers front on that make a node count as half seen."""
 
-COVER_WEIGHT = 1.0
+COVER_WEIGHT = 20.0
 COVER_DEPTH = 0.3
 """A pixel of a silhouette should meet the object this deep (node spacings) at least, with this weight."""
 
