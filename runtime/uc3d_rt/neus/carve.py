@@ -22,8 +22,8 @@ IndexArray = NDArray[np.int64]
 BAND = 3.0
 """Node spacings around the surface within which the field is solved for."""
 
-STAY = 0.03
-"""Weight of a node's value against its slopes: a step reaches some 1 / sqrt(STAY) = 6 nodes."""
+STAY = 0.01
+"""Weight of a node's value against its slopes: a step reaches some 1 / sqrt(STAY) = 10 nodes."""
 
 UNSEEN_WEIGHT = 0.05
 """Weight of the slope that a node has where the views see nothing of it, against 1 where they do."""

@@ -32,7 +32,7 @@ class FitOptions:
     """Settings of `fit`; the defaults are for six views of 256 px."""
 
     resolution: int = 160  # nodes along each axis of the final grid
-    carve_steps: int = 5  # of `carve`, at the coarsest resolution
+    carve_steps: int = 3  # of `carve`, at the coarsest resolution
     iterations: tuple[int, ...] = (30, 40, 40)  # at resolution / 2^k, ..., resolution / 2, resolution;
     # stages whose grid would be no whole number of nodes, or fewer than MIN_NODES, are left out
     rays_per_iteration: int = 25_000
