@@ -9,6 +9,7 @@ from tests.runtime import analytic
 from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.build import MeshOptions, build_mesh
 from uc3d_rt.mesh.extract import extract_surface
+from uc3d_rt.mesh.refine import refine_surface
 from uc3d_rt.mesh.simplify import part_pinched_edges, simplify_surface
 from uc3d_rt.mesh.surface import Surface, crease_normals, is_closed, signed_volumes, vertex_normals
 from uc3d_rt.mesh.unwrap import unwrap_surface
@@ -122,6 +123,28 @@ def test_simplify_surface_stays_closed() -> None:
     assert is_closed(smaller.faces) and len(smaller.faces) <= 1200
     assert signed_volumes(smaller).sum() == pytest.approx(signed_volumes(surface).sum(), rel=0.1)
     assert simplify_surface(surface, 0) is surface
+
+
+def test_refine_surface_sharpens_the_edges_of_a_box() -> None:
+    half, radius = np.array([0.5, 0.35, 0.4]), 0.06
+    beyond = np.abs(np.stack([X, Y, Z])) - (half - radius)[:, None, None, None]
+    sdf = np.linalg.norm(np.maximum(beyond, 0), axis=0) + np.minimum(beyond.max(axis=0), 0) - radius
+    rounded = extract_surface(field_of(sdf), 0.05)
+    low, high = (float(-h) for h in half), (float(h) for h in half)
+    normal = analytic.six_views(analytic.box(tuple(low), tuple(high)), 128)[1]
+    refined = refine_surface(rounded, normal)
+    assert is_closed(refined.faces)
+    means = []
+    for surface in (rounded, refined):
+        corners = surface.vertices[surface.faces].astype(np.float64)
+        across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        area = np.linalg.norm(across, axis=1)
+        side = np.abs(corners.mean(axis=1)[:, 1]) < half[1] - radius  # what the views see: not top or bottom
+        straightest = np.abs(across[side] / area[side, None]).max(axis=1)
+        angle = np.degrees(np.arccos(np.clip(straightest, 0, 1)))  # to the nearest axis
+        means.append(np.average(angle, weights=area[side]))
+    assert means[0] > 2.8 and means[1] < 2.3
+    np.testing.assert_allclose(refined.vertices.max(axis=0), half, atol=0.04)
 
 
 def test_part_pinched_edges() -> None:

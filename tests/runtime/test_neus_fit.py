@@ -8,9 +8,12 @@ from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.extract import extract_surface
 from uc3d_rt.mesh.raster import render_normals
 from uc3d_rt.mesh.surface import Surface, is_closed, signed_volumes, vertex_normals
+from uc3d_rt.neus.carve import carve
 from uc3d_rt.neus.field import Field, node_coordinates, resample
 from uc3d_rt.neus.fit import FitOptions, fit
 from uc3d_rt.neus.hull import hull_sdf
+from uc3d_rt.neus.rays import select_pixels
+from uc3d_rt.neus.redistance import restore_distance
 
 SMALL = FitOptions(resolution=64, iterations=(30, 30, 30), rays_per_iteration=8000)
 
@@ -107,6 +110,7 @@ def test_fit_options_are_checked() -> None:
         {"keep_normal": 0.0},
         {"sample_step": 0.0},
         {"iterations": ()},
+        {"carve_steps": -1},
         {"rays_per_iteration": 1},
         {"learning_rate": 2.0},
     ):
@@ -125,9 +129,26 @@ def test_hull_of_exact_silhouettes_is_not_grown_and_of_bad_ones_not_carved() -> 
     assert (hull_sdf(shifted, 64) < 0).sum() > 0.9 * (exact < 0).sum()
 
 
-def test_restore_distance_of_a_scaled_sphere() -> None:
-    from uc3d_rt.neus.redistance import restore_distance
+def test_carve_flattens_the_walls_of_a_box() -> None:
+    low, high = (-0.5, -0.4, -0.3), (0.5, 0.35, 0.3)
+    color, normal = analytic.six_views(analytic.box(low, high), 128)
+    masks = (normal != 0).any(-1)
+    hull = hull_sdf(masks, 40) * np.float32(20)
+    restore_distance(hull)
+    carved = carve(hull, select_pixels(color, normal, masks, 0), 128, 5)
+    assert (carved >= hull - 1.0).all()  # redistancing moves values, not the surface
+    x = np.arange(40)
+    middle = 19  # the hull's ridge stands at z = 0, far out of the wall at x = 0.5
+    walls = []
+    for field in (hull, carved):
+        row = field[middle]  # (z, x)
+        depth = [np.interp(0.0, row[z, 20:], x[20:]) for z in range(15, 25)]
+        walls.append((np.array(depth) + 0.5) / 20 - 1)
+    assert np.ptp(walls[0]) > 0.1 and np.ptp(walls[1]) < 0.02
+    np.testing.assert_allclose(walls[1], 0.5, atol=0.04)
 
+
+def test_restore_distance_of_a_scaled_sphere() -> None:
     axis = np.arange(32, dtype=np.float32) - 15.5
     y, z, x = np.meshgrid(axis, axis, axis, indexing="ij")
     truth = np.sqrt(x * x + y * y + z * z) - 9

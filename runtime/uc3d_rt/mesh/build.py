@@ -28,7 +28,7 @@ class MeshOptions:
     texture: Literal["atlas", "vertex"] = "atlas"
     faces: int = 12_000  # decimation target; 0 = keep every triangle of marching cubes
     texture_px: int = 1024
-    crease_deg: float = 35.0  # faces that meet at a larger angle keep their own normals (atlas only)
+    crease_deg: float = 25.0  # faces that meet at a larger angle keep their own normals (atlas only)
     min_share: float = 0.05  # parts smaller than this share of the largest part's volume are dropped
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ def build_mesh(
     options = options or MeshOptions()
     steps = 4 if options.texture == "atlas" else 3
     report = on_progress or (lambda done, total: None)
-    surface = _simple_surface(field, options, lambda: report(1, steps))
+    surface = _simple_surface(field, normal, options, lambda: report(1, steps))
     normals = vertex_normals(surface)
     report(2, steps)
     if options.texture == "vertex":
@@ -90,17 +90,20 @@ def build_mesh(
     return mesh
 
 
-def _simple_surface(field: Field, options: MeshOptions, extracted: Callable[[], None]) -> Surface:
-    """The field's surface with about the wanted number of faces.
+def _simple_surface(
+    field: Field, normal: FloatArray, options: MeshOptions, extracted: Callable[[], None]
+) -> Surface:
+    """The field's surface, turned to the normal maps, with about the wanted number of faces.
 
     Views that contradict each other can leave a sponge whose handles no decimation removes, and unwrapping
     hundreds of thousands of faces takes minutes: such a surface is taken from a grid half as fine.
     """
     from uc3d_rt.mesh.extract import extract_surface
+    from uc3d_rt.mesh.refine import refine_surface
     from uc3d_rt.mesh.simplify import simplify_surface
 
     while True:
-        surface = extract_surface(field, options.min_share)
+        surface = refine_surface(extract_surface(field, options.min_share), normal)
         extracted()
         surface = simplify_surface(surface, options.faces)
         surface = largest_parts(surface, options.min_share)  # decimation can cut a thin bridge

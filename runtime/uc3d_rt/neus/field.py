@@ -61,3 +61,14 @@ def resample(values: FloatArray, resolution: int) -> FloatArray:
         weight = (where - low).astype(np.float32).reshape(shape)
         values = values.take(low, axis) * (1 - weight) + values.take(low + 1, axis) * weight
     return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def near_nodes(sdf: FloatArray, band: float) -> NDArray[np.int64]:
+    """Flat indices of the nodes within `band` of the surface, without the two outermost layers."""
+    near = np.abs(sdf) < band
+    for axis in range(3):
+        edge = [slice(None)] * 3
+        for side in (slice(None, 2), slice(-2, None)):
+            edge[axis] = side
+            near[tuple(edge)] = False
+    return np.flatnonzero(near)

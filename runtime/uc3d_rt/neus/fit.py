@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uc3d_rt.errors import FitError
-from uc3d_rt.neus.field import Field, node_coordinates, resample
+from uc3d_rt.neus.field import Field, near_nodes, node_coordinates, resample
 from uc3d_rt.neus.hull import hull_sdf
 from uc3d_rt.neus.losses import keep_best, mask_loss, normal_loss, rgb_loss
 from uc3d_rt.neus.rays import Pixels, select_pixels, trace_rays
@@ -32,7 +32,8 @@ class FitOptions:
     """Settings of `fit`; the defaults are for six views of 256 px."""
 
     resolution: int = 160  # nodes along each axis of the final grid
-    iterations: tuple[int, ...] = (30, 40, 40, 40)  # at resolution / 2^k, ..., resolution / 2, resolution;
+    carve_steps: int = 3  # of `carve`, at the coarsest resolution
+    iterations: tuple[int, ...] = (30, 40, 40)  # at resolution / 2^k, ..., resolution / 2, resolution;
     # stages whose grid would be no whole number of nodes, or fewer than MIN_NODES, are left out
     rays_per_iteration: int = 25_000
     seed: int = 0
@@ -60,6 +61,8 @@ class FitOptions:
         """
         if not self.iterations or min(self.iterations) < 0:
             raise ValueError(f"FitOptions.iterations must be counts >= 0, one a stage, got {self.iterations}")
+        if self.carve_steps < 0:
+            raise ValueError(f"FitOptions.carve_steps must be >= 0, got {self.carve_steps}")
         if not MIN_NODES <= self.resolution <= MAX_NODES:
             raise ValueError(
                 f"FitOptions.resolution must be from {MIN_NODES} to {MAX_NODES}, got {self.resolution}"
@@ -99,8 +102,9 @@ def fit(
 ) -> Field:
     """Reconstruct the surface that six views show.
 
-    The grid starts as the distance to the visual hull, then follows the gradient of
-    `w_rgb L_rgb + w_normal L_normal` (Eq. 21) plus mask, eikonal and smoothness terms, coarse to fine.
+    The grid starts as the distance to the visual hull, carved towards the normals (see `carve`), then
+    follows the gradient of `w_rgb L_rgb + w_normal L_normal` (Eq. 21) plus mask, eikonal and smoothness
+    terms, coarse to fine.
     The same input, options and machine give the same bytes, for any number of threads.
 
     Args:
@@ -117,6 +121,7 @@ def fit(
     """
     options = options or FitOptions()
     color, normal, masks = check_views(color, normal)
+    from uc3d_rt.neus.carve import carve
     from uc3d_rt.neus.redistance import restore_distance
 
     pixels = select_pixels(color, normal, masks, options.seed)
@@ -132,7 +137,9 @@ def fit(
         start = hull if resolution == options.resolution else resample(hull, resolution)
         start = start * np.float32(0.5 * resolution)
         if state is None:
-            sdf, colors = start.copy(), initial_colors(start, color, masks)
+            restore_distance(start)
+            sdf = carve(start, pixels, masks.shape[-1], options.carve_steps)
+            colors = initial_colors(sdf, color, masks)
         else:
             # What the coarse stage moved is added to the fine hull, but not where the hull is too thin
             # for the coarse grid to have seen it: there the fine hull starts afresh.
@@ -296,17 +303,6 @@ def ray_gradient(
     d_out[:, 3:6] = options.w_normal * g_normal * keep_best(l_normal, met, options.keep_normal)[:, None]
     d_out[:, 6] = options.w_mask * g_mask * keep_best(l_mask, np.ones_like(inside), options.keep_mask)
     return d_out
-
-
-def near_nodes(sdf: FloatArray, band: float) -> NDArray[np.int64]:
-    """Flat indices of the nodes within `band` of the surface, without the two outermost layers."""
-    near = np.abs(sdf) < band
-    for axis in range(3):
-        edge = [slice(None)] * 3
-        for side in (slice(None, 2), slice(-2, None)):
-            edge[axis] = side
-            near[tuple(edge)] = False
-    return np.flatnonzero(near)
 
 
 def thickness_weight(sdf: FloatArray) -> FloatArray:
