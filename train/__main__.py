@@ -343,6 +343,22 @@ def toy(out: Path, steps: int, vae_steps: int, seed: int) -> None:
 
 @cli.command()
 @click.option("--bundle", type=FOLDER, required=True, help="Folder with a manifest.json.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A PNG file.")
+@seed_option
+@click.argument(
+    "pictures", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+def gallery(bundle: Path, out: Path, seed: int, pictures: tuple[Path, ...]) -> None:
+    """Draw a sheet of what a bundle makes of PICTURES: views, normals, and the mesh from all sides."""
+    from train.gallery import gallery as run
+    from uc3d_rt.errors import Uc3dError
+
+    with plain_errors(Uc3dError, OSError):
+        run(bundle, pictures, out, seed, click.echo)
+
+
+@cli.command()
+@click.option("--bundle", type=FOLDER, required=True, help="Folder with a manifest.json.")
 @objects_option
 @click.option("--out", type=OUT, required=True, help="Objects already measured there are kept.")
 @limit_option

@@ -1,0 +1,33 @@
+"""`python -m train gallery`: every picture has its line, with views and a mesh on it."""
+
+from pathlib import Path
+
+import numpy as np
+from click.testing import CliRunner
+from PIL import Image
+
+from train.__main__ import cli
+from train.gallery import VIEW_PX
+
+
+def test_a_line_a_picture(tmp_path: Path, tiny_bundle: Path, object_png: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    done = CliRunner().invoke(
+        cli, ["gallery", "--bundle", str(tiny_bundle), "--out", str(sheet), *[str(object_png)] * 2]
+    )
+    assert done.exit_code == 0, done.output
+    pixels = np.asarray(Image.open(sheet))
+    assert pixels.shape == (2 * 2 * VIEW_PX, 14 * VIEW_PX, 3)
+    first, second = np.split(pixels, 2)
+    assert (first == second).all()  # the same picture and seed
+    for start, end in ((0, 2), (2, 8), (8, 14)):  # input, views, mesh: none is empty
+        assert first[:, start * VIEW_PX : end * VIEW_PX].std() > 5
+
+
+def test_mistakes_are_told_in_a_line(tmp_path: Path, tiny_bundle: Path) -> None:
+    text = tmp_path / "text.png"
+    text.write_text("nothing", encoding="utf-8")
+    sheet = tmp_path / "sheet.png"
+    done = CliRunner().invoke(cli, ["gallery", "--bundle", str(tiny_bundle), "--out", str(sheet), str(text)])
+    assert done.exit_code == 1 and done.output.startswith("Error: ") and "text.png" in done.output
+    assert not sheet.exists()
