@@ -261,7 +261,7 @@ def _read_groups(
     objects: Sequence[Path], index: int, variants: int, inputs: int, seed: int, augment: bool
 ) -> list[_Group]:
     obj = _kept_object(objects[index])
-    other = other_of(objects, index, lambda number: _kept_object(objects[number]))
+    other = other_of(len(objects), index, lambda number: _kept_object(objects[number]))
     groups: list[_Group] = []
     alone = []
     for variant in range(variants):

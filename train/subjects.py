@@ -11,7 +11,7 @@ Pure functions of a `numpy.random.Generator`; results are normalised objects.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -200,9 +200,9 @@ def retextured(thing: Object, texture: NDArray[np.uint8] | None, rng: np.random.
 
 
 def other_of(
-    files: Sequence[object], index: int, load: Callable[[int], Object]
+    count: int, index: int, load: Callable[[int], Object]
 ) -> Callable[[np.random.Generator], Object] | None:
-    """Draws any of `files` but that at `index`; None if it is the only one."""
-    if len(files) == 1:
+    """Draws any of `count` objects but that at `index`; None if it is the only one."""
+    if count == 1:
         return None
-    return lambda rng: load((index + int(rng.integers(1, len(files)))) % len(files))
+    return lambda rng: load((index + int(rng.integers(1, count))) % count)

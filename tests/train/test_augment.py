@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
-import trimesh
 
+from tests.train.shapes import cone
 from train.augment import (
     MIRROR_SHARE,
     hue_matrix,
@@ -20,25 +20,8 @@ from train.augment import (
     tight_window,
     yaw_matrix,
 )
-from train.objects import Material, Object, normalized
 from train.render import Scene, View
 from uc3d_rt.views import BOUNDING_RADIUS, FOCAL_LENGTHS_MM, Camera, camera_axes, project
-
-
-def cone(color: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Object:
-    mesh = trimesh.creation.cone(0.4, 1.5, sections=12)
-    return normalized(
-        Object(
-            name="cone",
-            vertices=np.asarray(mesh.vertices, np.float32),
-            faces=np.asarray(mesh.faces, np.int32),
-            uv=None,
-            texture=None,
-            vertex_color=None,
-            face_material=np.zeros(len(mesh.faces), np.int32),
-            materials=(Material(factor=color),),
-        )
-    )
 
 
 def moved(vertices: np.ndarray, placement: np.ndarray) -> np.ndarray:
