@@ -233,6 +233,9 @@ def cache(
 )
 @click.option("--bf16-gradients", is_flag=True, help="Processes exchange gradients in bfloat16.")
 @click.option(
+    "--growing-cache", is_flag=True, help="Take in shards that are added to --cache while training runs."
+)
+@click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=None,
     help="Recompute the UNet's blocks in the backward pass: less memory, more time.",
@@ -243,8 +246,8 @@ def model(
     profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path, objects: Path | None,
     out: Path, steps: int | None, minutes: float | None, batch: int | None, lr: float | None,
     lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int, sheet_every: int,
-    compile_: bool, bf16_gradients: bool, gradient_checkpointing: bool | None, resume: bool,
-    start_from: Path | None,
+    compile_: bool, bf16_gradients: bool, growing_cache: bool, gradient_checkpointing: bool | None,
+    resume: bool, start_from: Path | None,
 ) -> None:  # fmt: skip
     """Train the regularised multiview model on cached latents (Eq. 18)."""
     if resume and start_from is not None:
@@ -295,6 +298,7 @@ def model(
     options = RunOptions(
         out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
         bf16_gradients=bf16_gradients, resume=resume, start_from=start_from,
+        refresh_from=cache_folder if growing_cache else None,
     )  # fmt: skip
     with plain_errors(CheckpointError, FloatingPointError, OSError):
         train_model(preset, data, net, watch, options, unet)

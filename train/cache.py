@@ -34,6 +34,7 @@ class LatentCache:
     image_latent: Tensor  # (N, M, 4, h, w) float16
     focal: Tensor  # (N, M) float32
     objects: int  # each with N / objects variants, side by side
+    shards: tuple[str, ...] = ()  # names of the files they come from
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         """A batch of variants of different objects (as far as there are enough), on the device."""
@@ -101,39 +102,59 @@ def vae_fingerprint(vae: Vae) -> str:
     return f"{sum(float(p.double().sum()) for p in vae.state_dict().values()):.4f}"
 
 
+def shard_names(folder: Path) -> tuple[str, ...]:
+    """The finished shards of a folder, sorted."""
+    return tuple(sorted(path.name for path in folder.glob("shard-*.safetensors")))
+
+
 def load_cache(folder: Path, vae: Vae, device: torch.device) -> LatentCache:
     """Read every shard of a folder onto a device.
 
     Raises:
         CheckpointError: there is no shard, or one is damaged or was encoded by another autoencoder.
     """
-    shards = sorted(folder.glob("shard-*.safetensors"))
-    if not shards:
+    names = shard_names(folder)
+    if not names:
         raise CheckpointError(f"no shards in {folder}; make them with: python -m train cache --out {folder}")
     fingerprint = vae_fingerprint(vae)
-    parts: dict[str, list[Tensor]] = {}
-    objects, variants = 0, []
-    for shard in shards:
-        try:
-            with safe_open(shard, "pt", device="cpu") as file:
-                meta = file.metadata()
-                if meta["vae"] != fingerprint:
-                    raise CheckpointError(
-                        f"{shard} was encoded by another autoencoder; give its --vae, or make the cache again"
-                    )
-                variants.append(int(meta["variants"]))
-                count = len(json.loads(meta["objects"]))
-                for key in ("z_0", "image", "image_latent", "focal"):
-                    parts.setdefault(key, []).append(file.get_tensor(key).to(device))
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{shard} is damaged ({error}); make the cache again") from error
-        objects += count
-    if len(set(variants)) > 1:
-        raise CheckpointError(
-            f"the shards in {folder} hold different numbers of variants: {sorted(set(variants))}; "
-            "make them again with one --variants"
-        )
-    return LatentCache(**{key: torch.cat(tensors) for key, tensors in parts.items()}, objects=objects)
+    objects, variants, rows = 0, [], 0
+    whole: dict[str, Tensor] = {}
+    # Twice over the files: to size the tensors, then to fill them, so that the device never holds two copies.
+    for fill in (False, True):
+        start = 0
+        for name in names:
+            try:
+                with safe_open(folder / name, "pt", device="cpu") as file:
+                    meta = file.metadata()
+                    if meta["vae"] != fingerprint:
+                        raise CheckpointError(
+                            f"{folder / name} was encoded by another autoencoder; give its --vae, "
+                            "or make the cache again"
+                        )
+                    count, each = len(json.loads(meta["objects"])), int(meta["variants"])
+                    if not fill:
+                        objects += count
+                        variants.append(each)
+                        rows += count * each
+                        continue
+                    for key in ("z_0", "image", "image_latent", "focal"):
+                        part = file.get_tensor(key)
+                        if key not in whole:
+                            whole[key] = torch.empty(rows, *part.shape[1:], dtype=part.dtype, device=device)
+                        whole[key][start : start + count * each] = part
+                    start += count * each
+            except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                raise CheckpointError(
+                    f"{folder / name} is damaged ({error}); make the cache again"
+                ) from error
+        if len(set(variants)) > 1:
+            raise CheckpointError(
+                f"the shards in {folder} hold different numbers of variants: {sorted(set(variants))}; "
+                "make them again with one --variants"
+            )
+    return LatentCache(**whole, objects=objects, shards=names)
 
 
 def shares(objects: list[Path], count: int) -> Iterator[list[Path]]:

@@ -32,6 +32,12 @@ class Batch:
     focal: Tensor  # (b,) f~
 
 
+def timesteps(uniform: Tensor, train_steps: int, bias: float) -> Tensor:
+    """Timesteps 0 ... train_steps - 1 with density t^(bias - 1), from numbers uniform in [0, 1)."""
+    t = (uniform ** (1.0 / bias) * train_steps).long()
+    return t.clamp_max(train_steps - 1)  # a root of 0.99999994 may round to 1
+
+
 class MultiviewModel(nn.Module):
     """The trained networks; `forward` gives the losses, so that one wrapper serves DDP and FSDP."""
 
@@ -63,7 +69,7 @@ class MultiviewModel(nn.Module):
         def random(*shape: int) -> Tensor:
             return torch.rand(shape, device=device, generator=generator)
 
-        t = (random(b) * self.preset.schedule.train_steps).long()
+        t = timesteps(random(b), self.preset.schedule.train_steps, spec.timestep_bias)
         t[:group] = t[0]
         eps = torch.randn(batch.z_0.shape, device=device, generator=generator)
         eps[:group] = eps[:1]

@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
-from train.cache import LatentCache
+from train.cache import LatentCache, load_cache, shard_names
 from train.checkpoint import (
     CheckpointError,
     differences,
@@ -66,6 +66,8 @@ class RunOptions:
     bf16_gradients: bool = False  # processes exchange gradients in bfloat16: half the bytes
     resume: bool = False
     start_from: Path | None = None  # begin with another checkpoint's EMA weights
+    refresh_from: Path | None = None  # folder of the cache, if shards are still being added to it
+    refresh_every: int = 500  # steps between looks into it
 
 
 def make_accelerator(bf16_gradients: bool = False) -> Accelerator:
@@ -94,21 +96,28 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, final: float)
 
 
 class Planner:
-    """Fixes the number of steps: given, or what fits into the minutes at the speed measured."""
+    """Fixes the number of steps: given, or what fits into the minutes at the speed measured.
 
-    def __init__(self, steps: int, minutes: float | None, measure: tuple[int, int] = (200, 320)) -> None:
-        self.total, self.minutes, self.measure = steps, minutes, measure
+    The speed is taken between two steps of every `every`, so that a run that grows faster or slower
+    still ends in time.
+    """
+
+    def __init__(
+        self, steps: int, minutes: float | None, measure: tuple[int, int] = (200, 320), every: int = 1000
+    ) -> None:
+        self.total, self.minutes, self.measure, self.every = steps, minutes, measure, every
         self.begin = self.mark = time.monotonic()
 
     def update(self, step: int, accelerator: Accelerator) -> None:
         """Call after every step of a run that counts from 0; the main process decides for all."""
         if self.minutes is None:
             return
-        if step in self.measure and accelerator.device.type == "cuda":
+        at = step % self.every
+        if at in self.measure and accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        if step == self.measure[0]:
+        if at == self.measure[0]:
             self.mark = time.monotonic()
-        if step == self.measure[1]:
+        if at == self.measure[1]:
             now = time.monotonic()
             rate = (self.measure[1] - self.measure[0]) / (now - self.mark)
             left = self.minutes * 60 - (now - self.begin)
@@ -295,6 +304,10 @@ def train_model(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, planner.total, spec.warmup, spec.lr, spec.lr_final)
         generator = step_generator(device, options.seed, accelerator.process_index, step)
+        look_again = options.refresh_from is not None and step % options.refresh_every == 0
+        if look_again and shard_names(options.refresh_from) != cache.shards:
+            cache = load_cache(options.refresh_from, vae, device)
+            accelerator.print(f"step {step}: {cache.z_0.shape[0]} variants", flush=True)
         batch = cache.draw(spec.batch, generator)
         with accelerator.autocast():
             losses = wrapped(batch, vae, generator)

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from train.model import MultiviewModel
+from train.model import MultiviewModel, timesteps
 from train.multiview_unet import MultiviewBlock, MultiviewUNet, widen_unet
 from train.presets import EDGE, TOY, Preset, UNetSpec
 from train.sampling import sample_views
@@ -92,6 +92,16 @@ def block() -> MultiviewBlock:
     unet = MultiviewUNet(TOY.unet)
     found = next(module for module in unet.modules() if isinstance(module, MultiviewBlock))
     return awake(found)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("bias", [1.0, 2.0, 3.0])
+def test_timesteps_follow_their_density(bias: float) -> None:
+    t = timesteps((torch.arange(100_000) + 0.5) / 100_000, 1000, bias)
+    assert t.min() >= 0 and t.max() == 999
+    share = torch.bincount(t, minlength=1000).double() / len(t)
+    edges = torch.linspace(0, 1, 1001, dtype=torch.float64) ** bias  # the distribution function
+    assert (share - edges.diff()).abs().max() < 2e-5
+    assert timesteps(torch.tensor([1 - 2**-24]), 1000, bias).item() == 999
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from train.__main__ import cli
-from train.cache import LatentCache, vae_fingerprint
+from train.cache import LatentCache, load_cache, vae_fingerprint
 from train.checkpoint import CheckpointError, load_state, save_vae
 from train.presets import TOY, Preset
 from train.trainer import (
@@ -218,6 +218,33 @@ def test_planner_fits_steps_into_minutes(monkeypatch: pytest.MonkeyPatch) -> Non
         clock[0] += 30.0 if step <= 5 else 0.5  # a slow start, then two steps a second
         planner.update(step, Alone())  # type: ignore[arg-type]
     assert planner.total == pytest.approx(15 + 2 * (600 - 155), abs=2)
+    for step in range(16, 1016):
+        clock[0] += 0.25  # four a second from here on: planned anew after 1 000 steps
+        planner.update(step, Alone())  # type: ignore[arg-type]
+    assert planner.total == pytest.approx(15 + 4 * (600 - 155), abs=2)
+
+
+def test_shards_that_are_added_while_training_runs(
+    tmp_path: Path, vae: Vae, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = {"objects": json.dumps(list("abcde")), "variants": "2", "vae": vae_fingerprint(vae)}
+    first = tmp_path / "cache" / "shard-000.safetensors"
+    first.parent.mkdir()
+    save_file(tensors(), first, meta)
+    drawn_from = []
+
+    def draw(self: LatentCache, count: int, generator: torch.Generator):  # noqa: ANN202
+        drawn_from.append(self.objects)
+        if len(drawn_from) == 3:
+            save_file(tensors(), first.with_name("shard-001.safetensors"), meta)
+        return plain_draw(self, count, generator)
+
+    plain_draw = LatentCache.draw
+    monkeypatch.setattr(LatentCache, "draw", draw)
+    choices = options(tmp_path / "run", refresh_from=first.parent, refresh_every=2)
+    train_model(SMALL, load_cache(first.parent, vae, torch.device("cpu")), vae, None, choices)
+    assert drawn_from == [5, 5, 5, 5, 10, 10]
+    assert "step 4: 20 variants" in capsys.readouterr().out
 
 
 # The command line.
