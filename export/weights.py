@@ -43,6 +43,7 @@ def store_weights_int8(source: Path, target: Path) -> tuple[int, int]:
     """
     model = onnx.load(source)
     graph = model.graph
+    _read_shared_weights_directly(graph)
     uses: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for node in graph.node:
         for position, name in enumerate(node.input):
@@ -75,6 +76,23 @@ def store_weights_int8(source: Path, target: Path) -> tuple[int, int]:
     onnx.checker.check_model(model)
     onnx.save(model, target)
     return quantized, len(kept) - 2 * quantized
+
+
+def _read_shared_weights_directly(graph: onnx.GraphProto) -> None:
+    """Drop the Identity nodes through which the exporter hands a weight to its second reader."""
+    weights = {tensor.name for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    source: dict[str, str] = {}
+    nodes = []
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = source.get(name, name)
+        if node.op_type == "Identity" and node.input[0] in weights and node.output[0] not in outputs:
+            source[node.output[0]] = node.input[0]
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _channel_axis(tensor: onnx.TensorProto, uses: list[tuple[onnx.NodeProto, int]]) -> int | None:

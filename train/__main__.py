@@ -308,6 +308,40 @@ def model(
 @click.option("--checkpoint", type=FOLDER, required=True, help="OUT/checkpoint of `python -m train model`.")
 @objects_option
 @device_option
+@click.option(
+    "--count", default=40, show_default=True, type=click.IntRange(min=1), help="Objects of each set."
+)
+def probe(checkpoint: Path, objects: Path, device: str | None, count: int) -> None:
+    """Show how much of the views a checkpoint tells from the image tokens and how much from E(y)."""
+    import torch
+
+    from train.checkpoint import load_vae, load_weights, preset_of
+    from train.model import MultiviewModel
+    from train.probe import errors_of_conditions, table
+    from train.watch import watched
+
+    place = chosen_device(device)
+    with plain_errors():
+        preset = preset_of(checkpoint)
+        model = MultiviewModel(preset).to(place).eval()
+        load_weights(model, checkpoint / "ema.safetensors", "give the folder of a checkpoint")
+        vae = load_vae(checkpoint, preset).to(torch.device(place))
+        trained, aside = training_objects(objects)
+        sets = {"trained on": limited(trained, count), "kept aside": limited(aside, count)}
+        rows = {
+            f"{len(files)} {name}": errors_of_conditions(
+                model, vae, watched(files, place, preset.vae.image_px)
+            )
+            for name, files in sets.items()
+            if files
+        }
+    click.echo(table(rows))
+
+
+@cli.command()
+@click.option("--checkpoint", type=FOLDER, required=True, help="OUT/checkpoint of `python -m train model`.")
+@objects_option
+@device_option
 def sweep(checkpoint: Path, objects: Path, device: str | None) -> None:
     """Compare guidance scales, intervals and step counts on objects kept aside from training."""
     from train.checkpoint import preset_of

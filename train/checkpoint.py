@@ -165,7 +165,7 @@ def differences(saved: Any, now: Any, path: str = "") -> list[str]:
     return [] if saved == now else [f"{path} was {saved}, now {now}"]
 
 
-NEUTRAL = (".place.weight",)
+NEUTRAL = (".place.weight", ".reference_gate", ".picture_embedding")
 """Ends of names of parameters that may be missing from a file: at zero the network is as without them."""
 
 

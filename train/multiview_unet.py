@@ -2,6 +2,8 @@
 
 Six views of a sample are six entries of the batch, views varying fastest: `(b v) c h w`.  The
 input of a view is `[z_t (8); E(y) (4)]`, the output 8 channels, colour then normal (Sec. 3.2).
+The input picture goes through the network as a seventh view, which the six look at (reference
+attention, as in Zero123++); what it becomes is dropped.
 The same code builds the small `edge` network and widens a pretrained SDXL UNet.
 """
 
@@ -21,25 +23,28 @@ PLACE_FREQUENCIES = 4
 
 
 def place_features(side: int, views: int, like: Tensor) -> Tensor:
-    """Where a token stands: (views, side * side, 4 * PLACE_FREQUENCIES + views).
+    """Where a token stands: (views + 1, side * side, 4 * PLACE_FREQUENCIES + views).
 
     Sines and cosines of its column and row, and which view it is of: attention is blind to both.
+    The last view is the input picture, none of the others.
     """
     at = (torch.arange(side, device=like.device, dtype=torch.float32) + 0.5) * (2.0 / side) - 1.0
     octaves = torch.exp2(torch.arange(PLACE_FREQUENCIES, device=like.device, dtype=torch.float32) - 1.0)
     angles = at[:, None] * (octaves * math.pi)
     waves = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, 2 F)
     column, row = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
-    view = torch.eye(views, device=like.device).repeat_interleave(side * side, dim=0)
-    place = torch.cat([torch.cat([column, row], dim=-1).repeat(views, 1), view], dim=-1)
-    return place.reshape(views, side * side, -1).to(like.dtype)
+    view = torch.eye(views + 1, views, device=like.device).repeat_interleave(side * side, dim=0)
+    place = torch.cat([torch.cat([column, row], dim=-1).repeat(views + 1, 1), view], dim=-1)
+    return place.reshape(views + 1, side * side, -1).to(like.dtype)
 
 
 class MultiviewBlock(nn.Module):
-    """A transformer block with self-, row-wise and cross-attention, and its feed-forward.
+    """A transformer block with self-, reference, row-wise and cross-attention, and its feed-forward.
 
-    Row-wise attention lets each image row see the same row of every view: in orthographic views
-    of elevation 0 the rows are epipolar lines, so corresponding points share a row.
+    Reference attention has the projections of self-attention, looks at the tokens of the input
+    picture, and is weighted by a channel.  Row-wise attention lets each image row see the same row
+    of every view: in orthographic views of elevation 0 the rows are epipolar lines, so
+    corresponding points share a row.
     """
 
     def __init__(self, block: BasicTransformerBlock, views: int) -> None:
@@ -54,6 +59,7 @@ class MultiviewBlock(nn.Module):
         self.norm2, self.attn2 = block.norm2, block.attn2
         self.norm3, self.ff = block.norm3, block.ff
         self.place = nn.Linear(4 * PLACE_FREQUENCIES + views, dim, bias=False)
+        self.reference_gate = nn.Parameter(torch.zeros(dim))
         # A pretrained block starts as it was: what is new adds nothing until it has learned.
         nn.init.zeros_(self.place.weight)
         nn.init.zeros_(self.attn_row.to_out[0].weight)
@@ -61,7 +67,7 @@ class MultiviewBlock(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,  # ((b v), (h w), c)
+        hidden_states: Tensor,  # ((b (v + 1)), (h w), c), the input picture last
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,  # (b, tokens, token_dim), shared by the views
         encoder_attention_mask: Tensor | None = None,
@@ -73,14 +79,21 @@ class MultiviewBlock(nn.Module):
         x, v = hidden_states, self.views
         n, c = x.shape[1], x.shape[2]
         side = math.isqrt(n)
-        x = (x.reshape(-1, v, n, c) + self.place(place_features(side, v, x))).reshape(-1, n, c)
-        x = x + self.attn1(self.norm1(x))
+        x = (x.reshape(-1, v + 1, n, c) + self.place(place_features(side, v, x))).reshape(-1, n, c)
+        normed = self.norm1(x)
+        x = (x + self.attn1(normed)).reshape(-1, v + 1, n, c)
+        targets, picture = x[:, :v], x[:, v:]
+        normed = normed.reshape(-1, v + 1, n, c)
+        looked = self.attn1(
+            normed[:, :v].reshape(-1, v * n, c), encoder_hidden_states=normed[:, v]
+        )  # b (v h w) c: keys and values are computed once a sample
+        targets = targets + (looked * self.reference_gate).reshape(-1, v, n, c)
 
-        rows = x.reshape(-1, v, side, side, c).transpose(1, 2).reshape(-1, v * side, c)  # (b h) (v w) c
+        rows = targets.reshape(-1, v, side, side, c).transpose(1, 2).reshape(-1, v * side, c)  # (b h) (v w) c
         rows = rows + self.attn_row(self.norm_row(rows))
-        x = rows.reshape(-1, side, v, side, c).transpose(1, 2).reshape(-1, v * n, c)  # b (v h w) c
+        targets = rows.reshape(-1, side, v, side, c).transpose(1, 2).reshape(-1, v, n, c)
 
-        # Keys and values of the image tokens are computed once a sample, not once a view.
+        x = torch.cat([targets, picture], dim=1).reshape(-1, (v + 1) * n, c)  # b (v h w) c
         x = x + self.attn2(self.norm2(x), encoder_hidden_states=encoder_hidden_states)
         x = x + self.ff(self.norm3(x))
         return x.reshape(-1, n, c)
@@ -101,6 +114,7 @@ class MultiviewUNet(nn.Module):
             nn.Linear(2 * spec.focal_frequencies, width), nn.SiLU(), nn.Linear(width, width)
         )
         self.focal_unknown = nn.Parameter(torch.zeros(width))
+        self.picture_embedding = nn.Parameter(torch.zeros(width))  # in the place of a view's embedding
         nn.init.normal_(self.view_embedding.weight, std=0.02)
         nn.init.zeros_(self.focal_embedding[2].weight)
         nn.init.zeros_(self.focal_embedding[2].bias)
@@ -108,7 +122,11 @@ class MultiviewUNet(nn.Module):
         self.unet.mid_block.register_forward_hook(self._keep_mid_features)
 
     def _keep_mid_features(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self.mid_features = output
+        self.mid_features = self._targets(output)
+
+    def _targets(self, x: Tensor) -> Tensor:
+        """((b (v + 1)), ...) to ((b v), ...): without the input picture."""
+        return x.unflatten(0, (-1, self.spec.views + 1))[:, :-1].flatten(0, 1)
 
     def embed_focal(self, focal: Tensor) -> Tensor:
         """`f~` (b,) to (b, width); a negative value selects the learned "unknown" vector."""
@@ -129,15 +147,20 @@ class MultiviewUNet(nn.Module):
         focal: Tensor,  # (b,)
     ) -> Tensor:
         v = self.spec.views
-        condition = (self.view_embedding.weight + self.embed_focal(focal)[:, None]).flatten(0, 1)
-        image_latent = image_latent.repeat_interleave(v, dim=0)
-        return self.unet(
-            torch.cat([sample, image_latent], dim=1),
-            timestep.repeat_interleave(v, dim=0),
+        embeddings = torch.cat([self.view_embedding.weight, self.picture_embedding[None]])
+        condition = (embeddings + self.embed_focal(focal)[:, None]).flatten(0, 1)
+        # The picture as a view: E(y) in the place of its noisy colour, nothing in that of its normals.
+        picture = torch.cat([image_latent, torch.zeros_like(image_latent)], dim=1)
+        views = torch.cat([sample.unflatten(0, (-1, v)), picture[:, None]], dim=1)
+        beside = image_latent.repeat_interleave(v + 1, dim=0)
+        out = self.unet(
+            torch.cat([views.flatten(0, 1), beside], dim=1),
+            timestep.repeat_interleave(v + 1, dim=0),
             encoder_hidden_states=tokens,
             class_labels=condition,
             return_dict=False,
         )[0]
+        return self._targets(out)
 
 
 def build_unet(spec: UNetSpec) -> UNet2DConditionModel:

@@ -166,3 +166,24 @@ def test_a_file_of_large_weights_shrinks_to_a_quarter(tmp_path: Path, rng: np.ra
     assert store_weights_int8(tmp_path / "a.onnx", tmp_path / "b.onnx") == (1, 0)
     sizes = [(tmp_path / name).stat().st_size for name in ("a.onnx", "b.onnx")]
     assert sizes[0] / sizes[1] == pytest.approx(4.0, rel=0.05)
+
+
+def test_a_weight_that_two_layers_share_is_stored_once(tmp_path: Path, rng: np.random.Generator) -> None:
+    weight = rng.normal(size=(80, 80)).astype(np.float32)
+    nodes = [
+        helper.make_node("Identity", ["w"], ["w_again"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("MatMul", ["y", "w_again"], ["z"]),
+        helper.make_node("Identity", ["z"], ["out"]),  # of no weight: stays
+    ]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 80]) for name in ("x", "out")]
+    initializers = [numpy_helper.from_array(weight, "w")]
+    made = helper.make_graph(nodes, "shared", infos[:1], infos[1:], initializers)
+    source, target = tmp_path / "shared.onnx", tmp_path / "int8.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+    assert store_weights_int8(source, target) == (1, 0)
+    assert [node.op_type for node in onnx.load(target).graph.node].count("Identity") == 1
+    x = rng.normal(size=(3, 80)).astype(np.float32)
+    found = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    truth = x @ weight @ weight
+    assert np.abs(found - truth).max() < 0.02 * np.abs(truth).max()

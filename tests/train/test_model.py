@@ -109,7 +109,7 @@ def test_row_attention_mixes_the_same_row_of_all_views_only() -> None:
     layer, side, dim, row, view = block(), 8, 32, 5, 2
     given: dict[str, Tensor] = {}
     layer.attn_row.register_forward_hook(lambda _m, _i, out: given.__setitem__("rows", out))
-    x = torch.randn(B * V, side * side, dim, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(B * (V + 1), side * side, dim, generator=torch.Generator().manual_seed(0))
     tokens = torch.randn(B, 16, 64, generator=torch.Generator().manual_seed(1))
     # Self-attention would carry the change to other rows first: leave it out.
     layer.attn1.to_out[0].weight.zero_()
@@ -120,7 +120,7 @@ def test_row_attention_mixes_the_same_row_of_all_views_only() -> None:
         return given["rows"].reshape(B, side, V, side, dim).transpose(1, 2)  # b v h w c
 
     before = rows(x)
-    changed = x.clone().reshape(B, V, side, side, dim)
+    changed = x.clone().reshape(B, V + 1, side, side, dim)
     changed[0, view, row] += 1.0 + torch.rand(side, dim)
     difference = (rows(changed.reshape_as(x)) - before).abs().amax(dim=(3, 4))  # b v h
     assert (difference[0, :, row] > 1e-4).all()  # every view sees it
@@ -129,15 +129,52 @@ def test_row_attention_mixes_the_same_row_of_all_views_only() -> None:
 
 
 @torch.no_grad()
+def test_reference_attention_looks_at_the_picture() -> None:
+    """Against a transcription: softmax(q k^T / sqrt(d)) v over the picture's tokens, heads apart."""
+    layer, side, dim = block(), 4, 32
+    for name in ("attn_row", "attn2"):
+        getattr(layer, name).to_out[0].weight.zero_()
+        getattr(layer, name).to_out[0].bias.zero_()
+    for parameter in (*layer.ff.net[2].parameters(), layer.place.weight):
+        parameter.zero_()
+    x = torch.randn(B * (V + 1), side * side, dim, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(B, 16, 64, generator=torch.Generator().manual_seed(1))
+    found = layer(x, encoder_hidden_states=tokens).double().unflatten(0, (B, V + 1))
+
+    attention = layer.attn1.double()
+    normed = layer.norm1(x).double().unflatten(0, (B, V + 1))
+    heads = attention.heads
+
+    def looked(queries: Tensor, keys: Tensor) -> Tensor:
+        q, k, v = (
+            linear(tokens).unflatten(-1, (heads, -1)).transpose(0, 1)
+            for linear, tokens in (
+                (attention.to_q, queries), (attention.to_k, keys), (attention.to_v, keys)
+            )
+        )  # fmt: skip
+        weights = (q @ k.transpose(1, 2) / (dim // heads) ** 0.5).softmax(dim=-1)
+        return attention.to_out[0]((weights @ v).transpose(0, 1).flatten(1))
+
+    gate, whole = layer.reference_gate.double(), x.double().unflatten(0, (B, V + 1))
+    assert gate.abs().min() > 0
+    for b in range(B):
+        for v in range(V + 1):
+            truth = whole[b, v] + looked(normed[b, v], normed[b, v])
+            if v < V:
+                truth = truth + gate * looked(normed[b, v], normed[b, V])
+            torch.testing.assert_close(found[b, v], truth, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_places_tell_tokens_apart() -> None:
     layer, side, dim = block(), 8, 32
-    x = torch.ones(B * V, side * side, dim) * torch.linspace(-1, 1, dim)
+    x = torch.ones(B * (V + 1), side * side, dim) * torch.linspace(-1, 1, dim)
     tokens = torch.randn(B, 16, 64, generator=torch.Generator().manual_seed(1))
-    out = layer(x, encoder_hidden_states=tokens).reshape(B, V * side * side, dim)
-    apart = torch.cdist(out[0], out[0]) + torch.eye(V * side * side)
-    assert apart.min() > 0.05  # every column, row and view
+    out = layer(x, encoder_hidden_states=tokens).reshape(B, (V + 1) * side * side, dim)
+    apart = torch.cdist(out[0], out[0]) + torch.eye((V + 1) * side * side)
+    assert apart.min() > 0.05  # every column, row and view, the picture too
     layer.place.weight.zero_()
-    out = layer(x, encoder_hidden_states=tokens)
+    out = layer(x, encoder_hidden_states=tokens).unflatten(0, (B, V + 1))[:, :V].flatten(0, 1)
     assert (out - out[:, :1]).abs().max() < 1e-4  # attention alone is blind to them
 
 

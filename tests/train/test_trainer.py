@@ -346,7 +346,7 @@ def test_help_teaches() -> None:
     assert code == 0
     for verb in ("toy", "vae", "cache", "model", "evaluate"):
         assert f"python -m train {verb}" in output
-    for verb in ("vae", "cache", "model", "sweep", "toy"):
+    for verb in ("vae", "cache", "model", "probe", "sweep", "toy"):
         lines = run(verb, "--help")[1].splitlines()
         assert all(line.strip().count(" ") for line in lines if line.startswith("  --")), verb
 
