@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -100,7 +96,7 @@ def command(
         import numba
 
         numba.set_num_threads(min(threads, numba.get_num_threads()))
-    with interruptible() as check, StageBars(shown=not quiet and sys.stderr.isatty(), check=check) as bars:
+    with StageBars(shown=not quiet and sys.stderr.isatty()) as bars:
         views = pipeline.views(
             image, steps=steps, guidance=guidance, noise_scale=noise_scale, seed=seed, focal_mm=focal_mm,
             on_progress=bars.update,
@@ -113,7 +109,6 @@ def command(
         result = pipeline.reconstruct(
             views, seed=seed, fit_options=fit_options, mesh_options=mesh_options, on_progress=bars.update
         )
-        check()
         export_mesh(result.mesh, output, mesh_format)
     if not quiet:
         times = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.timings.items())
@@ -200,40 +195,11 @@ def save_views(views: Views, folder: Path) -> None:
         raise OutputError(f"cannot write views to {folder} ({error.strerror or error})") from error
 
 
-@contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Gives a function that raises `KeyboardInterrupt` if Ctrl-C was pressed since.
-
-    The one that Python raises at once may strike in a place that drops it: a finaliser, a callback
-    of a C library.  Nothing is installed outside the main thread, or over an application's handler.
-    """
-    struck = threading.Event()
-
-    def check() -> None:
-        if struck.is_set():
-            raise KeyboardInterrupt
-
-    def strike(number: int, frame: object) -> None:
-        struck.set()
-        raise KeyboardInterrupt
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield check
-        return
-    signal.signal(signal.SIGINT, strike)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 class StageBars:
-    """One progress bar a stage, on stderr; `check` is called at every piece of progress."""
+    """One progress bar a stage, on stderr."""
 
-    def __init__(self, shown: bool, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, shown: bool) -> None:
         self._shown = shown
-        self._check = check
         self._stage = ""
         self._bar: ProgressBar[int] | None = None
 
@@ -247,7 +213,6 @@ class StageBars:
 
     def update(self, stage: str, done: int, total: int) -> None:
         """Take the pipeline's progress; a stage may learn its total on the way."""
-        self._check()
         if not self._shown:
             return
         if self._bar is None or stage != self._stage:
