@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,24 +38,29 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in model.state_dict().items()}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat tensors `index.key`, in the order of its parameters."""
-    state = optimizer.state_dict()["state"]
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimisers' states as flat tensors, in the order of their parameters.
+
+    `index.key` for the first, `number:index.key` for those after it.
+    """
     return {
-        f"{index}.{key}": torch.as_tensor(value).detach().contiguous()
-        for index, entry in state.items()
+        f"{f'{number}:' if number else ''}{index}.{key}": torch.as_tensor(value).detach().contiguous()
+        for number, optimizer in enumerate(optimizers)
+        for index, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`, for an optimiser over the same parameters."""
-    whole = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`, for optimisers over the same parameters."""
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+        place, key = name.split(".", 1)
+        number, _, index = place.rpartition(":")
+        states[int(number or 0)].setdefault(int(index), {})[key] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def save_checkpoint(
@@ -64,7 +70,7 @@ def save_checkpoint(
     model: nn.Module,
     ema: dict[str, Tensor],
     vae: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizers: Sequence[torch.optim.Optimizer],
     state: dict[str, Any],
 ) -> None:
     """Write a whole checkpoint, replacing the one at `folder` only when it is complete."""
@@ -77,8 +83,8 @@ def save_checkpoint(
     save_file(named_parameters(model), fresh / "model.safetensors")
     save_file({k: v.contiguous() for k, v in ema.items()}, fresh / "ema.safetensors")
     save_vae(vae, fresh)
-    if optimizer is not None:
-        save_file(optimizer_tensors(optimizer), fresh / "optimizer.safetensors")
+    if optimizers:
+        save_file(optimizer_tensors(optimizers), fresh / "optimizer.safetensors")
     # Last: a folder that holds it is whole.
     record = {"preset": preset.name, "config": asdict(preset), **state}
     temporary = fresh / f".{STATE}.tmp"

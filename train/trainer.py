@@ -28,13 +28,14 @@ from train.checkpoint import (
     load_state,
     load_weights,
     read_tensors,
-    restore_optimizer,
+    restore_optimizers,
     save_checkpoint,
     save_vae,
 )
 from train.metrics import normal_error_deg, psnr, silhouette_iou
 from train.model import MultiviewModel
 from train.multiview_unet import MultiviewBlock, MultiviewUNet
+from train.optimizer import build_optimizers
 from train.presets import Preset
 from train.sampling import sample_views
 from train.sheets import contact_sheet, loss_curves, view_row
@@ -264,9 +265,7 @@ def train_model(
         model.heads.requires_grad_(False)
     vae = vae.to(device)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=spec.lr, betas=(0.9, 0.99), weight_decay=spec.weight_decay, fused=device.type == "cuda"
-    )
+    optimizers = build_optimizers(trainable, spec.optimizer, spec.lr, spec.weight_decay)
     folder = options.out / "checkpoint"
     size = spec.batch * accelerator.num_processes
     average: dict[str, Tensor] = {}
@@ -280,7 +279,7 @@ def train_model(
         load_weights(model, folder / "model.safetensors", mend)
         ema = read_tensors(folder / "ema.safetensors", mend, device)
         average.update({name: ema[name] for name, _ in model.named_parameters()})
-        restore_optimizer(optimizer, read_tensors(folder / "optimizer.safetensors", mend, device))
+        restore_optimizers(optimizers, read_tensors(folder / "optimizer.safetensors", mend, device))
     elif options.start_from is not None:
         load_weights(model, options.start_from / "ema.safetensors", "give the folder of a checkpoint")
     if options.compile:
@@ -301,8 +300,9 @@ def train_model(
     sums: dict[str, Tensor] = {}
     summed = 0
     while step < planner.total:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, planner.total, spec.warmup, spec.lr, spec.lr_final)
+        rate = learning_rate(step, planner.total, spec.warmup, spec.lr, spec.lr_final)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
         generator = step_generator(device, options.seed, accelerator.process_index, step)
         look_again = options.refresh_from is not None and step % options.refresh_every == 0
         if look_again and shard_names(options.refresh_from) != cache.shards:
@@ -313,8 +313,9 @@ def train_model(
             losses = wrapped(batch, vae, generator)
         accelerator.backward(losses["total"])
         norm = torch.nn.utils.clip_grad_norm_(trainable, spec.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         update_average(average, model, min(spec.ema_decay, (1 + step) / (10 + step)))
         step += 1
         summed += 1
@@ -345,7 +346,7 @@ def train_model(
                 model=model,
                 ema=full_average(average, model),
                 vae=vae,
-                optimizer=optimizer,
+                optimizers=optimizers,
                 state={
                     "step": step,
                     "total_steps": planner.total,

@@ -17,10 +17,11 @@ from train.checkpoint import (
     load_weights,
     optimizer_tensors,
     preset_of,
-    restore_optimizer,
+    restore_optimizers,
     save_checkpoint,
     save_vae,
 )
+from train.optimizer import build_optimizers
 from train.presets import EDGE, TOY
 from train.vae import Vae
 
@@ -32,7 +33,7 @@ def save(folder: Path, step: int) -> None:
         net.weight.fill_(step)
     ema = {name: value.detach() * 2 for name, value in net.state_dict().items()}
     save_checkpoint(
-        folder, preset=TOY, model=net, ema=ema, vae=vae, optimizer=None, state={"step": step, "history": []}
+        folder, preset=TOY, model=net, ema=ema, vae=vae, optimizers=(), state={"step": step, "history": []}
     )
 
 
@@ -111,22 +112,23 @@ def test_kill_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert load_state(folder)["step"] == 1  # the half-written .new is not taken for a checkpoint
 
 
-def test_optimizer_round_trip() -> None:
-    def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizer_round_trip(kind: str) -> None:
+    def train(net: torch.nn.Module, optimizers: list[torch.optim.Optimizer], steps: int) -> None:
         for k in range(steps):
-            net(torch.full((1, 3), 1.0 + k)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            net(torch.full((1, 64), 1.0 + k)).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
 
     torch.manual_seed(0)
-    net = torch.nn.Linear(3, 2)
-    twin = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-    train(net, optimizer, 3)
+    net, twin = torch.nn.Linear(64, 80), torch.nn.Linear(64, 80)
+    optimizers = build_optimizers(net.parameters(), kind, 0.1, 0.01)
+    train(net, optimizers, 3)
     twin.load_state_dict(net.state_dict())
-    again = torch.optim.AdamW(twin.parameters(), lr=0.1)
-    restore_optimizer(again, {name: value.clone() for name, value in optimizer_tensors(optimizer).items()})
-    train(net, optimizer, 2)
+    again = build_optimizers(twin.parameters(), kind, 0.1, 0.01)
+    restore_optimizers(again, {k: v.clone() for k, v in optimizer_tensors(optimizers).items()})
+    train(net, optimizers, 2)
     train(twin, again, 2)
     assert torch.equal(net.weight, twin.weight) and torch.equal(net.bias, twin.bias)
 

@@ -33,4 +33,4 @@ for pid in "${pids[@]:+${pids[@]}}"; do wait "$pid"; done
 resume=()
 [ -e "$out/edge/checkpoint/state.json" ] && resume=(--resume)
 python3 -m torch.distributed.run --nproc_per_node="$gpus" -m train model --vae "$out/vae" --cache "$cache" \
-  --objects "$objects" --out "$out/edge" --batch 64 --lr 4e-4 --compile "${resume[@]:+${resume[@]}}" "$@"
+  --objects "$objects" --out "$out/edge" --batch 128 --compile "${resume[@]:+${resume[@]}}" "$@"

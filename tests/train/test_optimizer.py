@@ -1,0 +1,52 @@
+"""Muon against its definition and against PyTorch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from train.optimizer import Muon, build_optimizers, orthogonalized
+
+
+@pytest.mark.parametrize("shape", [(3, 80, 200), (2, 200, 80)])
+def test_orthogonalized_against_svd(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalized(matrices).double()
+    u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    # In the basis of its singular vectors the result is diagonal, with entries near 1.
+    rotated = u.mT @ found @ vh.mT
+    diagonal = rotated.diagonal(dim1=1, dim2=2)
+    assert float(diagonal.min()) > 0.6 and float(diagonal.max()) < 1.3
+    assert float((rotated - torch.diag_embed(diagonal)).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (64, 16, 3, 3)])
+def test_steps_against_torch(shape: tuple[int, ...]) -> None:
+    """Same-shaped parameters, kernels among them, move as `torch.optim.Muon` moves each as a matrix."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    theirs = [torch.nn.Parameter(p.detach().clone().flatten(1)) for p in ours]
+    begin = ours[0].detach().clone()
+    muon = Muon(ours, lr=0.02, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(shape)
+            q.grad = p.grad.flatten(1)
+        muon.step()
+        reference.step()
+    moved = float((ours[0].detach() - begin).square().mean().sqrt())
+    for p, q in zip(ours, theirs, strict=True):
+        assert float((p.flatten(1) - q).detach().abs().max()) < 0.02 * moved
+
+
+def test_who_takes_what() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 3), torch.nn.LayerNorm(64))
+    adamw, muon = build_optimizers(net.parameters(), "muon", 1e-3, 0.01)
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, Muon)
+    assert muon.param_groups[0]["params"] == [net[1].weight]
+    assert len(adamw.param_groups[0]["params"]) == 5
+    (alone,) = build_optimizers(net.parameters(), "adamw", 1e-3, 0.01)
+    assert len(alone.param_groups[0]["params"]) == 6
+    with pytest.raises(ValueError, match="use 'adamw' or 'muon'"):
+        build_optimizers(net.parameters(), "sgd", 1e-3, 0.01)
