@@ -32,11 +32,15 @@ def cli() -> None:
 @click.option("--guidance-interval", type=(float, float), help="Where guidance acts, as shares of T.")
 @click.option("--guidance-rescale", type=float, help="Default guidance rescaling to record, 0 to 1.")
 @click.option("--noise-scale", type=click.FloatRange(0, 1), help="Default start noise to record.")
+@click.option(
+    "--first-step-to", type=click.FloatRange(0, 1, min_open=True),
+    help="Share of T that the first step reaches, to record.",
+)  # fmt: skip
 @click.option("--data", default="", help="Training data and licences, recorded in the manifest.")
 def onnx(
     checkpoint: Path, out: Path, weights: str, steps: int | None, guidance: float | None,
     guidance_interval: tuple[float, float] | None, guidance_rescale: float | None, noise_scale: float | None,
-    data: str,
+    first_step_to: float | None, data: str,
 ) -> None:  # fmt: skip
     """Write the five networks as ONNX with a manifest, after checking them against torch."""
     from dataclasses import replace
@@ -46,7 +50,7 @@ def onnx(
 
     chosen = {
         "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval,
-        "guidance_rescale": guidance_rescale, "noise_scale": noise_scale,
+        "guidance_rescale": guidance_rescale, "noise_scale": noise_scale, "first_step_to": first_step_to,
     }  # fmt: skip
     try:
         sampling = replace(

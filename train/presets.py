@@ -135,6 +135,7 @@ class TrainSpec:
     lr: float
     lr_final: float
     warmup: int
+    optimizer: str = "adamw"  # or "muon": Muon for the weight matrices (train/optimizer.py)
     weight_decay: float = 0.01
     ema_decay: float = 0.9995
     drop_image: float = 0.1  # probability of the unconditional branch
@@ -218,9 +219,11 @@ EDGE = Preset(
     heads=HeadSpec(),
     # v-prediction and zero terminal SNR: eps at a tiny last alpha_bar multiplies every error.
     schedule=NoiseSchedule(zero_terminal_snr=True, prediction="v"),
-    sampling=SamplingDefaults(steps=50, guidance=3.0, guidance_interval=(0.7, 1.0), noise_scale=0.5),
+    sampling=SamplingDefaults(guidance_interval=(0.5, 0.6), noise_scale=0.5, first_step_to=0.6),
     # Shape is decided while the noise is high: that is where a small data set needs most of the draws.
-    train=TrainSpec(batch=64, steps=20_000, lr=2e-4, lr_final=1e-5, warmup=500, timestep_bias=2.0),
+    train=TrainSpec(
+        batch=64, steps=20_000, lr=1.5e-3, lr_final=1e-5, warmup=300, optimizer="muon", timestep_bias=2.0
+    ),
 )
 
 TOY = Preset(

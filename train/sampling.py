@@ -63,6 +63,7 @@ def sample_views(
         guidance=sampling.guidance,
         guidance_interval=sampling.guidance_interval,
         guidance_rescale=sampling.guidance_rescale,
+        first_step_to=sampling.first_step_to,
     )
     images = decode_pairs(vae, torch.from_numpy(z_0).to(device))
     color, normal = images.reshape(2, b, v, *images.shape[1:])

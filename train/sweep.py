@@ -32,6 +32,9 @@ SETTINGS: tuple[SamplingDefaults, ...] = (
     replace(_LATE, noise_scale=0.5),
     replace(_LATE, noise_scale=0.3),
     replace(_LATE, noise_scale=0.0),
+    replace(_LATE, noise_scale=0.5, first_step_to=0.8),
+    replace(_LATE, noise_scale=0.5, first_step_to=0.6),
+    replace(_LATE, noise_scale=0.5, first_step_to=0.4),
     replace(_LATE, steps=20, noise_scale=0.5),
     replace(_LATE, steps=10, noise_scale=0.5),
     replace(_WHOLE, steps=4, guidance=1.0),
@@ -53,8 +56,8 @@ def sweep(
     picture = torch.from_numpy(watch.picture).to(device).permute(0, 3, 1, 2).float() / 255.0
     focal = torch.from_numpy(watch.focal).to(device)
     lines = [
-        "| steps | guidance | interval | rescale | noise | PSNR | IoU | normals ° |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| steps | guidance | interval | rescale | noise | first step to | PSNR | IoU | normals ° |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for sampling in settings:
         color, normal, mask = sample_views(model, vae, picture, focal, sampling)

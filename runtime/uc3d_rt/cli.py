@@ -40,6 +40,12 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
     help="0 to 1: less is smoother and varies less with the seed; the bundle's default if left out.",
 )
 @click.option(
+    "--first-step-to",
+    type=float,
+    help="Above 0, to 1: how far down the first step goes; less keeps more of the likeliest shape, 1 none; "
+    "the bundle's default if left out.",
+)
+@click.option(
     "--focal-mm", type=float, help="35 mm-equivalent focal length, 0 = orthographic; else from EXIF."
 )
 @click.option(
@@ -64,6 +70,7 @@ def command(
     steps: int | None,
     guidance: float | None,
     noise_scale: float | None,
+    first_step_to: float | None,
     focal_mm: float | None,
     views_dir: Path | None,
     texture: Literal["atlas", "vertex"],
@@ -98,8 +105,8 @@ def command(
         numba.set_num_threads(min(threads, numba.get_num_threads()))
     with StageBars(shown=not quiet and sys.stderr.isatty()) as bars:
         views = pipeline.views(
-            image, steps=steps, guidance=guidance, noise_scale=noise_scale, seed=seed, focal_mm=focal_mm,
-            on_progress=bars.update,
+            image, steps=steps, guidance=guidance, noise_scale=noise_scale, first_step_to=first_step_to,
+            seed=seed, focal_mm=focal_mm, on_progress=bars.update,
         )  # fmt: skip
         for note in views.notes:
             bars.say(f"warning: {note}")

@@ -151,6 +151,7 @@ class SamplingDefaults:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # of t / T where guidance acts
     guidance_rescale: float = 0.0
     noise_scale: float = 1.0  # of the start noise; below 1: nearer to the mean of what may be
+    first_step_to: float = 1.0  # t / T that the first step reaches; the others are spaced below it
 
 
 @dataclass(frozen=True)

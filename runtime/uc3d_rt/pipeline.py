@@ -101,6 +101,7 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         noise_scale: float | None = None,
+        first_step_to: float | None = None,
         seed: int = 0,
         focal_mm: float | None = None,
         fit_options: FitOptions | None = None,
@@ -115,6 +116,8 @@ class Pipeline:
             guidance: classifier-free guidance scale, 1 = off; None takes the bundle's default.
             noise_scale: of the start noise, 0 to 1: less is smoother and varies less with the seed;
                 None takes the bundle's default.
+            first_step_to: share of T that the first step reaches, above 0, to 1: less keeps more of the
+                mean of what the picture may show; None takes the bundle's default.
             seed: of the start noise and of the fit's ray choice.
             focal_mm: 35 mm-equivalent focal length; overrides EXIF; 0 = orthographic.
             fit_options: None = `FitOptions(seed=seed)`.
@@ -129,6 +132,7 @@ class Pipeline:
             steps=steps,
             guidance=guidance,
             noise_scale=noise_scale,
+            first_step_to=first_step_to,
             seed=seed,
             focal_mm=focal_mm,
             on_progress=on_progress,
@@ -144,6 +148,7 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         noise_scale: float | None = None,
+        first_step_to: float | None = None,
         seed: int = 0,
         focal_mm: float | None = None,
         on_progress: Progress | None = None,
@@ -155,6 +160,7 @@ class Pipeline:
             steps=usual.steps if steps is None else steps,
             guidance=usual.guidance if guidance is None else guidance,
             noise_scale=usual.noise_scale if noise_scale is None else noise_scale,
+            first_step_to=usual.first_step_to if first_step_to is None else first_step_to,
         )
         self._check_sampling(sampling, seed)
         clock = _Clock(on_progress)
@@ -252,6 +258,7 @@ class Pipeline:
                 guidance=sampling.guidance,
                 guidance_interval=sampling.guidance_interval,
                 guidance_rescale=sampling.guidance_rescale,
+                first_step_to=sampling.first_step_to,
                 on_step=on_step,
             )
 
@@ -281,6 +288,10 @@ class Pipeline:
 
     def _check_sampling(self, sampling: SamplingDefaults, seed: int) -> None:
         most = self.manifest.schedule.train_steps
+        if not 0.0 < sampling.first_step_to <= 1.0:
+            raise UsageError(f"first_step_to must be above 0, to 1, got {sampling.first_step_to}")
+        # All steps but the first lie below it.
+        most = most if sampling.first_step_to >= 1.0 else round(most * sampling.first_step_to) + 1
         if not 1 <= sampling.steps <= most:
             raise UsageError(f"steps must be between 1 and {most}, got {sampling.steps}")
         if not (math.isfinite(sampling.guidance) and sampling.guidance >= 0.0):

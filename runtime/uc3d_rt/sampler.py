@@ -36,11 +36,23 @@ def alpha_bars(schedule: NoiseSchedule) -> NDArray[np.float64]:
     return np.asarray(alpha_bar, np.float64)
 
 
-def trailing_timesteps(train_steps: int, steps: int) -> NDArray[np.int64]:
-    """The DDIM timesteps, high to low, "trailing" spacing: the first is always T-1, shape (steps,)."""
+def trailing_timesteps(train_steps: int, steps: int, first_step_to: float = 1.0) -> NDArray[np.int64]:
+    """The DDIM timesteps, high to low, "trailing" spacing: the first is always T-1, shape (steps,).
+
+    With `first_step_to` below 1 the second is `first_step_to * T - 1` and the rest are spaced below
+    it.  At T nothing but the picture is known, and the network answers with the mean of all that it
+    may show: a long first step keeps that mean's layout and leaves the detail to be sampled.
+    """
     if not 1 <= steps <= train_steps:
         raise ValueError(f"steps must be between 1 and {train_steps}, got {steps}")
-    return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(np.int64)[:steps] - 1
+    if first_step_to >= 1.0 or steps == 1:
+        return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(np.int64)[:steps] - 1
+    rest = round(first_step_to * train_steps)
+    if rest < steps - 1:
+        raise ValueError(
+            f"{steps - 1} steps do not fit below t = {rest}; take fewer steps, or a larger first_step_to"
+        )
+    return np.concatenate([[train_steps - 1], trailing_timesteps(rest, steps - 1)])
 
 
 def split_prediction(
@@ -82,6 +94,7 @@ def ddim(
     guidance: float = 3.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_rescale: float = 0.0,
+    first_step_to: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> FloatArray:
     """Deterministic DDIM (eta = 0) from `z_T` to `z_0`, trailing timesteps.
@@ -93,13 +106,14 @@ def ddim(
         guidance_interval: guidance acts where `lo <= (t + 1) / T <= hi`; outside it the
             conditional prediction alone is used (Kynkäänniemi et al., "Applying guidance in a
             limited interval").
+        first_step_to: see `trailing_timesteps`.
         on_step: told `(done, steps)` after each step.
 
     Returns:
         `z_0`, shape of `z_T`.
     """
     alpha_bar = alpha_bars(schedule)
-    timesteps = trailing_timesteps(schedule.train_steps, steps)
+    timesteps = trailing_timesteps(schedule.train_steps, steps, first_step_to)
     low, high = guidance_interval
     z_t = z_T
     for index, t in enumerate(timesteps):

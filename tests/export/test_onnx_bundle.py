@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoint"
     ema = {name: value.detach() for name, value in model.state_dict().items()}
     state = {"step": 7, "batch": 8, "seed": 3, "history": [{"step": 7, "total": 0.5}]}
-    save_checkpoint(folder, preset=TOY, model=model, ema=ema, vae=vae, optimizer=None, state=state)
+    save_checkpoint(folder, preset=TOY, model=model, ema=ema, vae=vae, optimizers=(), state=state)
     return folder
 
 
@@ -181,12 +181,13 @@ def test_command_line(checkpoint: Path, ready_made: None, tmp_path: Path) -> Non
         return result.exit_code, result.output
 
     more = ("--steps", 20, "--guidance-interval", 0.0, 0.5, "--noise-scale", 0.5, "--data", "mine")
+    more += ("--first-step-to", 0.5)
     code, output = run("--checkpoint", checkpoint, "--out", tmp_path / "toy", *more)
     assert code == 0 and "bundle" in output and "fp32 relative error" in output
     manifest = json.loads((tmp_path / "toy" / "manifest.json").read_text())
     assert manifest["sampling"] == {
         "steps": 20, "guidance": 3.0, "guidance_interval": [0.0, 0.5], "guidance_rescale": 0.0,
-        "noise_scale": 0.5,
+        "noise_scale": 0.5, "first_step_to": 0.5,
     }  # fmt: skip
     code, output = run("--checkpoint", tmp_path / "nothing", "--out", tmp_path / "new")
     assert code == 1 and "Error: no checkpoint at" in output and not (tmp_path / "new").exists()

@@ -1,5 +1,6 @@
 """Training's sampler and the runtime's pipeline give the same views from the same picture."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Multivie
     folder = tmp_path_factory.mktemp("run") / "checkpoint"
     ema = {name: value.detach() for name, value in model.state_dict().items()}
     state = {"step": 1, "batch": 1, "seed": 0, "history": []}
-    save_checkpoint(folder, preset=TOY, model=model, ema=ema, vae=vae, optimizer=None, state=state)
+    save_checkpoint(folder, preset=TOY, model=model, ema=ema, vae=vae, optimizers=(), state=state)
     return folder, model
 
 
 @pytest.fixture(scope="module")
 def pipeline(checkpoint: tuple[Path, MultiviewModel], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     bundle = tmp_path_factory.mktemp("bundles") / "toy"
-    export_bundle(checkpoint[0], bundle, int8_weights=False)
+    sampling = replace(TOY.sampling, first_step_to=0.5)
+    export_bundle(checkpoint[0], bundle, int8_weights=False, sampling=sampling)
     return Pipeline.from_bundle(bundle, threads=1)
 
 
@@ -63,7 +65,7 @@ def test_torch_and_runtime_views_agree(
         load_vae(folder, TOY),
         torch.from_numpy(given.image)[None],
         torch.tensor([given.focal]),
-        SamplingDefaults(steps, guidance, noise_scale=0.5),
+        SamplingDefaults(steps, guidance, noise_scale=0.5, first_step_to=0.5),
         seed=4,
     )
     drawn = np.linalg.norm(found.normal, axis=-1) > 0.5

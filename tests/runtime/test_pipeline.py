@@ -96,6 +96,9 @@ def test_progress_names_every_stage_and_ends_full(pipeline: Pipeline) -> None:
         {"guidance": -0.1},
         {"guidance": float("nan")},
         {"noise_scale": 1.1},
+        {"first_step_to": 0.0},
+        {"first_step_to": 1.1},
+        {"first_step_to": 0.5, "steps": 52},
         {"seed": -1},
     ],
 )

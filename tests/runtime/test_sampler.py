@@ -136,6 +136,36 @@ def test_trailing_timesteps_fall_from_the_last(steps: int) -> None:
     assert len(t) == steps and t[0] == 999 and (np.diff(t) < 0).all() and t[-1] >= 0
 
 
+@pytest.mark.parametrize(("steps", "share"), [(2, 0.5), (10, 0.4), (50, 0.5), (501, 0.5)])
+def test_a_long_first_step(steps: int, share: float) -> None:
+    """T - 1, then the trailing timesteps of a schedule that ends at the share of T."""
+    t = trailing_timesteps(1000, steps, share)
+    assert len(t) == steps and t[0] == 999 and t[1] == share * 1000 - 1 and (np.diff(t) < 0).all()
+    np.testing.assert_array_equal(t[1:], trailing_timesteps(int(share * 1000), steps - 1))
+    assert trailing_timesteps(1000, 1, share).tolist() == [999]
+
+
+def test_a_long_first_step_leaves_too_few() -> None:
+    with pytest.raises(ValueError, match=r"501 steps do not fit below t = 500; take fewer steps"):
+        trailing_timesteps(1000, 502, 0.5)
+
+
+def test_the_first_step_keeps_what_the_network_knows_at_T() -> None:
+    """At T the answer is the mean; with no noise to start from, the next input is that mean alone."""
+    seen = []
+    mean = np.full((1, 2), 0.7, np.float32)
+
+    def denoise(z: np.ndarray, t: float, acts: bool) -> tuple[np.ndarray, None]:
+        seen.append((t, z.copy()))
+        return -mean, None  # v = -z_0 at alpha_bar = 0
+
+    schedule = NoiseSchedule(zero_terminal_snr=True, prediction="v")
+    ddim(denoise, np.zeros((1, 2), np.float32), schedule, steps=3, guidance=1.0, first_step_to=0.5)
+    alpha_bar = alpha_bars(schedule)
+    assert [t for t, _ in seen] == [999.0, 499.0, 249.0]
+    np.testing.assert_allclose(seen[1][1], np.sqrt(alpha_bar[499]) * mean, rtol=1e-6)
+
+
 def test_on_step_counts() -> None:
     seen = []
     z_T = np.ones((1, 1), np.float32)
