@@ -8,34 +8,15 @@ import pytest
 import torch
 import trimesh
 
+from tests.train.shapes import thing
 from train.augment import yaw_matrix
-from train.objects import Material, Object, linear_to_srgb, normalized, srgb_to_linear
+from train.objects import Material, Object, linear_to_srgb, srgb_to_linear
 from train.render import TARGET_LIGHT, Light, Scene, View
 from uc3d_rt.views import BOUNDING_RADIUS, TARGET_CAMERAS, Camera, camera_rays, decode_normals, pixel_grid
 
 PX = 96
 FLAT = Light(direction=(0.0, 1.0, 0.0), ambient=1.0, key=0.0, wrap=0.0)
 FRONT = Camera(0.0)
-
-
-def thing(
-    mesh: trimesh.Trimesh,
-    *,
-    colors: np.ndarray | None = None,
-    factor: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    normalise: bool = True,
-) -> Object:
-    obj = Object(
-        name="thing",
-        vertices=np.asarray(mesh.vertices, np.float32),
-        faces=np.asarray(mesh.faces, np.int32),
-        uv=None,
-        texture=None,
-        vertex_color=colors,
-        face_material=np.zeros(len(mesh.faces), np.int32),
-        materials=(Material(factor=factor),),
-    )
-    return normalized(obj) if normalise else obj
 
 
 def many_colors(mesh: trimesh.Trimesh) -> np.ndarray:
