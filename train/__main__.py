@@ -233,7 +233,9 @@ def cache(
 )
 @click.option("--bf16-gradients", is_flag=True, help="Processes exchange gradients in bfloat16.")
 @click.option(
-    "--growing-cache", is_flag=True, help="Take in shards that are added to --cache while training runs."
+    "--growing-cache",
+    is_flag=True,
+    help="Follow --cache: its shards may be added to and replaced while training runs.",
 )
 @click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",

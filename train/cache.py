@@ -157,6 +157,23 @@ def load_cache(folder: Path, vae: Vae, device: torch.device) -> LatentCache:
     return LatentCache(**whole, objects=objects, shards=names)
 
 
+def refreshed(cache: LatentCache, folder: Path, vae: Vae, device: torch.device) -> LatentCache:
+    """The cache as its folder is now; the same object if no shard came or went.
+
+    A shard that goes while it is read leaves the old cache in use until the next look.
+
+    Raises:
+        CheckpointError: as `load_cache`.
+    """
+    names = shard_names(folder)
+    if not names or names == cache.shards:
+        return cache
+    try:
+        return load_cache(folder, vae, device)
+    except FileNotFoundError:
+        return cache
+
+
 def shares(objects: list[Path], count: int) -> Iterator[list[Path]]:
     """Objects dealt out to `count` processes, so that each gets its share of every family."""
     for index in range(count):

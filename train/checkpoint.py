@@ -171,23 +171,14 @@ def differences(saved: Any, now: Any, path: str = "") -> list[str]:
     return [] if saved == now else [f"{path} was {saved}, now {now}"]
 
 
-NEUTRAL = (".place.weight", ".reference_gate", ".picture_embedding")
-"""Ends of names of parameters that may be missing from a file: at zero the network is as without them."""
-
-
 def load_weights(module: nn.Module, file: Path, mend: str) -> None:
     """Load a safetensors file into a module of the same parameters, in place.
-
-    What `NEUTRAL` names and the file does not know becomes zero.
 
     Raises:
         FileNotFoundError, CheckpointError: the message ends with `mend`.
     """
     tensors = read_tensors(file, mend)
     own = module.state_dict()
-    for name, value in own.items():
-        if name.endswith(NEUTRAL) and name not in tensors:
-            tensors[name] = torch.zeros_like(value)
     wrong = [
         name
         for name in own.keys() | tensors.keys()

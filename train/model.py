@@ -32,9 +32,13 @@ class Batch:
     focal: Tensor  # (b,) f~
 
 
-def timesteps(uniform: Tensor, train_steps: int, bias: float) -> Tensor:
-    """Timesteps 0 ... train_steps - 1 with density t^(bias - 1), from numbers uniform in [0, 1)."""
-    t = (uniform ** (1.0 / bias) * train_steps).long()
+def timesteps(uniform: Tensor, train_steps: int, bias: float, last_share: float = 0.0) -> Tensor:
+    """Timesteps 0 ... train_steps - 1 with density t^(bias - 1), from numbers uniform in [0, 1).
+
+    That share of them is the last one instead.
+    """
+    rest = (uniform / max(1.0 - last_share, 1e-12)).clamp_max(1.0)
+    t = (rest ** (1.0 / bias) * train_steps).long()
     return t.clamp_max(train_steps - 1)  # a root of 0.99999994 may round to 1
 
 
@@ -69,7 +73,7 @@ class MultiviewModel(nn.Module):
         def random(*shape: int) -> Tensor:
             return torch.rand(shape, device=device, generator=generator)
 
-        t = timesteps(random(b), self.preset.schedule.train_steps, spec.timestep_bias)
+        t = timesteps(random(b), self.preset.schedule.train_steps, spec.timestep_bias, spec.last_share)
         t[:group] = t[0]
         eps = torch.randn(batch.z_0.shape, device=device, generator=generator)
         eps[:group] = eps[:1]

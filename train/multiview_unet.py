@@ -2,8 +2,8 @@
 
 Six views of a sample are six entries of the batch, views varying fastest: `(b v) c h w`.  The
 input of a view is `[z_t (8); E(y) (4)]`, the output 8 channels, colour then normal (Sec. 3.2).
-The input picture goes through the network as a seventh view, which the six look at (reference
-attention, as in Zero123++); what it becomes is dropped.
+The input picture goes through the network as a seventh view; self-attention of the six sees its
+tokens beside their own (reference attention, as in Zero123++).  What it becomes is dropped.
 The same code builds the small `edge` network and widens a pretrained SDXL UNet.
 """
 
@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn import functional
 
 from train.presets import UNetSpec
 
@@ -39,12 +40,11 @@ def place_features(side: int, views: int, like: Tensor) -> Tensor:
 
 
 class MultiviewBlock(nn.Module):
-    """A transformer block with self-, reference, row-wise and cross-attention, and its feed-forward.
+    """A transformer block with self-, row-wise and cross-attention, and its feed-forward.
 
-    Reference attention has the projections of self-attention, looks at the tokens of the input
-    picture, and is weighted by a channel.  Row-wise attention lets each image row see the same row
-    of every view: in orthographic views of elevation 0 the rows are epipolar lines, so
-    corresponding points share a row.
+    Self-attention of a view has the tokens of the input picture among its keys (reference
+    attention).  Row-wise attention lets each image row see the same row of every view: in
+    orthographic views of elevation 0 the rows are epipolar lines, so corresponding points share a row.
     """
 
     def __init__(self, block: BasicTransformerBlock, views: int) -> None:
@@ -59,8 +59,7 @@ class MultiviewBlock(nn.Module):
         self.norm2, self.attn2 = block.norm2, block.attn2
         self.norm3, self.ff = block.norm3, block.ff
         self.place = nn.Linear(4 * PLACE_FREQUENCIES + views, dim, bias=False)
-        self.reference_gate = nn.Parameter(torch.zeros(dim))
-        # A pretrained block starts as it was: what is new adds nothing until it has learned.
+        # New layers add nothing to a pretrained block until they have learned.
         nn.init.zeros_(self.place.weight)
         nn.init.zeros_(self.attn_row.to_out[0].weight)
         nn.init.zeros_(self.attn_row.to_out[0].bias)
@@ -80,14 +79,8 @@ class MultiviewBlock(nn.Module):
         n, c = x.shape[1], x.shape[2]
         side = math.isqrt(n)
         x = (x.reshape(-1, v + 1, n, c) + self.place(place_features(side, v, x))).reshape(-1, n, c)
-        normed = self.norm1(x)
-        x = (x + self.attn1(normed)).reshape(-1, v + 1, n, c)
+        x = (x + self._look(self.norm1(x))).reshape(-1, v + 1, n, c)
         targets, picture = x[:, :v], x[:, v:]
-        normed = normed.reshape(-1, v + 1, n, c)
-        looked = self.attn1(
-            normed[:, :v].reshape(-1, v * n, c), encoder_hidden_states=normed[:, v]
-        )  # b (v h w) c: keys and values are computed once a sample
-        targets = targets + (looked * self.reference_gate).reshape(-1, v, n, c)
 
         rows = targets.reshape(-1, v, side, side, c).transpose(1, 2).reshape(-1, v * side, c)  # (b h) (v w) c
         rows = rows + self.attn_row(self.norm_row(rows))
@@ -97,6 +90,26 @@ class MultiviewBlock(nn.Module):
         x = x + self.attn2(self.norm2(x), encoder_hidden_states=encoder_hidden_states)
         x = x + self.ff(self.norm3(x))
         return x.reshape(-1, n, c)
+
+    def _look(self, normed: Tensor) -> Tensor:
+        """Self-attention whose keys are a view's own tokens and the picture's: ((b (v + 1)), n, c).
+
+        The picture meets its own tokens twice, which a softmax cannot tell from once.
+        """
+        attention, n = self.attn1, normed.shape[1]
+
+        def heads(linear: nn.Module) -> Tensor:
+            return linear(normed).unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # . heads n d
+
+        def with_picture(x: Tensor) -> Tensor:
+            views = x.unflatten(0, (-1, self.views + 1))
+            return torch.cat([views, views[:, -1:].expand_as(views)], dim=3).flatten(0, 1)  # . heads 2n d
+
+        looked = functional.scaled_dot_product_attention(
+            heads(attention.to_q), with_picture(heads(attention.to_k)), with_picture(heads(attention.to_v))
+        )
+        out: Tensor = attention.to_out[0](looked.transpose(1, 2).reshape(-1, n, attention.inner_dim))
+        return out
 
 
 class MultiviewUNet(nn.Module):
@@ -203,7 +216,8 @@ def widen_unet(unet: UNet2DConditionModel, latent_channels: int, token_dim: int)
     """Turn a text-to-image UNet (SDXL) into `[z_t; E(y)] -> 2 x latent_channels`, in place.
 
     The old weights are kept; new input channels start at zero, so that the widened network first
-    computes what the pretrained one did on the colour half.  New output channels start as zero.
+    computes what the pretrained one did on the colour half, but that views also see the picture's
+    tokens.  New output channels start as zero.
     SDXL's embedding of picture size and pooled text goes: there is no text.
 
     Raises:

@@ -142,6 +142,7 @@ class TrainSpec:
     drop_focal: float = 0.3  # probability of the "unknown focal length" token
     grad_clip: float = 1.0
     timestep_bias: float = 1.0  # density of t: t^(bias - 1); 1 = uniform (Eq. 9), 2 = half of all above 0.7 T
+    last_share: float = 0.0  # probability of t = T - 1, where only the picture tells anything
     losses: LossWeights = field(default_factory=LossWeights)
     gradient_checkpointing: bool = False  # recompute the UNet's blocks: less memory, a third more time
 
@@ -153,6 +154,8 @@ class TrainSpec:
             )
         if not self.timestep_bias > 0:
             raise ValueError(f"timestep_bias must be above 0, got {self.timestep_bias}")
+        if not 0 <= self.last_share <= 1:
+            raise ValueError(f"last_share must be between 0 and 1, got {self.last_share}")
         if self.drop_image > 0 and self.batch <= self.losses.group:
             raise ValueError(
                 f"batch={self.batch} leaves no object to train the unconditional branch on: "
@@ -220,9 +223,10 @@ EDGE = Preset(
     # v-prediction and zero terminal SNR: eps at a tiny last alpha_bar multiplies every error.
     schedule=NoiseSchedule(zero_terminal_snr=True, prediction="v"),
     sampling=SamplingDefaults(guidance_interval=(0.5, 0.6), noise_scale=0.5, first_step_to=0.6),
-    # Shape is decided while the noise is high: that is where a small data set needs most of the draws.
+    # The layout is decided at t = T - 1, from the picture alone, and a first step far down keeps it:
+    # most of the draws stand there. At less noise the views themselves tell their layout.
     train=TrainSpec(
-        batch=64, steps=20_000, lr=1.5e-3, lr_final=1e-5, warmup=300, optimizer="muon", timestep_bias=2.0
+        batch=64, steps=20_000, lr=1.5e-3, lr_final=1e-5, warmup=300, optimizer="muon", last_share=0.6
     ),
 )
 

@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
-from train.cache import LatentCache, load_cache, shard_names
+from train.cache import LatentCache, refreshed
 from train.checkpoint import (
     CheckpointError,
     differences,
@@ -67,7 +67,7 @@ class RunOptions:
     bf16_gradients: bool = False  # processes exchange gradients in bfloat16: half the bytes
     resume: bool = False
     start_from: Path | None = None  # begin with another checkpoint's EMA weights
-    refresh_from: Path | None = None  # folder of the cache, if shards are still being added to it
+    refresh_from: Path | None = None  # folder of the cache, if its shards still change
     refresh_every: int = 500  # steps between looks into it
 
 
@@ -304,10 +304,12 @@ def train_model(
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         generator = step_generator(device, options.seed, accelerator.process_index, step)
-        look_again = options.refresh_from is not None and step % options.refresh_every == 0
-        if look_again and shard_names(options.refresh_from) != cache.shards:
-            cache = load_cache(options.refresh_from, vae, device)
-            accelerator.print(f"step {step}: {cache.z_0.shape[0]} variants", flush=True)
+        if options.refresh_from is not None and step % options.refresh_every == 0:
+            newer = refreshed(cache, options.refresh_from, vae, device)
+            if newer is not cache:
+                cache = newer
+                names = f"{cache.shards[0]} ... {cache.shards[-1]}"
+                accelerator.print(f"step {step}: {cache.z_0.shape[0]} variants, {names}", flush=True)
         batch = cache.draw(spec.batch, generator)
         with accelerator.autocast():
             losses = wrapped(batch, vae, generator)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from train.__main__ import cli
-from train.cache import LatentCache, load_cache, vae_fingerprint
+from train.cache import LatentCache, load_cache, refreshed, vae_fingerprint
 from train.checkpoint import CheckpointError, load_state, save_vae
 from train.presets import TOY, Preset
 from train.trainer import (
@@ -244,7 +244,22 @@ def test_shards_that_are_added_while_training_runs(
     choices = options(tmp_path / "run", refresh_from=first.parent, refresh_every=2)
     train_model(SMALL, load_cache(first.parent, vae, torch.device("cpu")), vae, None, choices)
     assert drawn_from == [5, 5, 5, 5, 10, 10]
-    assert "step 4: 20 variants" in capsys.readouterr().out
+    assert "step 4: 20 variants, shard-000.safetensors ... shard-001.safetensors" in capsys.readouterr().out
+
+
+def test_a_shard_that_goes_while_it_is_read_changes_nothing(
+    tmp_path: Path, vae: Vae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = {"objects": json.dumps(list("abcde")), "variants": "2", "vae": vae_fingerprint(vae)}
+    folder, cpu = tmp_path, torch.device("cpu")
+    save_file(tensors(), folder / "shard-000.safetensors", meta)
+    cache = load_cache(folder, vae, cpu)
+    assert refreshed(cache, folder, vae, cpu) is cache
+    (folder / "shard-000.safetensors").rename(folder / "shard-001.safetensors")
+    assert refreshed(cache, folder, vae, cpu).shards == ("shard-001.safetensors",)
+    names = ("shard-000.safetensors", "shard-001.safetensors")  # as listed a moment ago
+    monkeypatch.setattr("train.cache.shard_names", lambda _: names)
+    assert refreshed(cache, folder, vae, cpu) is cache
 
 
 # The command line.

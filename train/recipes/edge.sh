@@ -6,11 +6,16 @@
 # Stages whose result is already in OUT are kept, so a stopped run goes on where it was; the model
 # continues from OUT/edge/checkpoint if there is one.  Shard processes share the GPUs: reading and
 # drawing up views is work for the CPU, and one process feeds no more than a fifth of a fast GPU.
+#
+# The cache is sets of VARIANTS variants of every object.  Training begins with one set.  While it
+# runs, more sets are made with new random numbers, and the newest KEEP_SETS are trained on: what is
+# seen too often is learned by heart.  KEEP_SETS=1 makes no more.
 set -euo pipefail
 objects=$1 out=$2
 shift 2
 gpus=${GPUS:-1} variants=${VARIANTS:-16} shards_per_gpu=${SHARDS_PER_GPU:-5} cache=${CACHE:-$out/cache}
-mkdir -p "$out"
+keep_sets=${KEEP_SETS:-3}
+mkdir -p "$out" "$cache"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 if [ ! -e "$out/vae/vae.safetensors" ]; then
@@ -19,18 +24,45 @@ if [ ! -e "$out/vae/vae.safetensors" ]; then
     --minutes "${VAE_MINUTES:-3}" --batch 24 --lr 7e-4 --limit 1000 --workers 12
 fi
 
-shards=$((gpus * shards_per_gpu))
-pids=()
-for shard in $(seq 0 $((shards - 1))); do
-  [ -e "$(printf '%s/shard-%03d.safetensors' "$cache" "$shard")" ] && continue
-  CUDA_VISIBLE_DEVICES=$((shard % gpus)) python3 -m train cache --objects "$objects" --vae "$out/vae" \
-    --out "$cache" --variants "$variants" --inputs 2 --shard "$shard" --shards "$shards" --workers 3 \
-    > "$out/cache-$shard.log" 2>&1 &
-  pids+=($!)
-done
-for pid in "${pids[@]:+${pids[@]}}"; do wait "$pid"; done
+# make_set SEED NICENESS: shard-SEED-*.safetensors appear in the cache together, when all are there.
+make_set() {
+  local work="$cache/.set-$1" shards=$((gpus * shards_per_gpu)) shard pids=()
+  for shard in $(seq 0 $((shards - 1))); do
+    [ -e "$(printf '%s/shard-%03d.safetensors' "$work" "$shard")" ] && continue
+    CUDA_VISIBLE_DEVICES=$((shard % gpus)) nice -n "$2" python3 -m train cache --objects "$objects" \
+      --vae "$out/vae" --out "$work" --variants "$variants" --inputs 2 --seed "$1" --shard "$shard" \
+      --shards "$shards" --workers 3 > "$out/cache-$shard.log" 2>&1 &
+    pids+=($!)
+  done
+  for pid in "${pids[@]:+${pids[@]}}"; do wait "$pid"; done
+  for file in "$work"/shard-*.safetensors; do
+    mv "$file" "$cache/shard-$(printf '%04d' "$1")-${file##*/shard-}"
+  done
+  rmdir "$work"
+}
+
+newest_set() { find "$cache" -name 'shard-*-*.safetensors' | sed 's|.*/shard-0*\([0-9]*\)-.*|\1|' | sort -n | tail -1; }
+
+more_sets() {
+  local seed=$1
+  while true; do
+    seed=$((seed + 1))
+    make_set "$seed" 10
+    [ "$seed" -ge "$keep_sets" ] && rm -f "$cache/shard-$(printf '%04d' $((seed - keep_sets)))"-*.safetensors
+  done
+}
+
+newest=$(newest_set)
+[ -n "$newest" ] || { make_set 0 0; newest=0; }
+if [ "$keep_sets" -gt 1 ]; then
+  set -m # a group of its own, so that all of it can be stopped
+  more_sets "$newest" &
+  trap 'kill -- -'"$!"' 2> /dev/null || true' EXIT
+  set +m
+fi
 
 resume=()
 [ -e "$out/edge/checkpoint/state.json" ] && resume=(--resume)
 python3 -m torch.distributed.run --nproc_per_node="$gpus" -m train model --vae "$out/vae" --cache "$cache" \
-  --objects "$objects" --out "$out/edge" --batch 128 --compile "${resume[@]:+${resume[@]}}" "$@"
+  --growing-cache --objects "$objects" --out "$out/edge" --batch 128 --compile \
+  "${resume[@]:+${resume[@]}}" "$@"
