@@ -42,7 +42,7 @@ demo: $(DEMO_VENV)/ready
 $(VENV)/ready: pyproject.toml hatch_build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,export,engines,dev]'
 	touch $@
 
 $(DEMO_VENV)/ready: pyproject.toml hatch_build.py $(wildcard runtime/uc3d_rt/*.py runtime/uc3d_rt/*/*.py engines/edge/*)

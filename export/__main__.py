@@ -1,13 +1,42 @@
-"""`python -m export VERB`: from a trained checkpoint to a bundle the runtime reads.
+"""`python -m export VERB`: from a trained checkpoint to a bundle, and from a bundle to engines.
 
 python -m export onnx --checkpoint runs/edge/checkpoint --out engines/edge
+python -m export build-engines --bundle engines/edge
+python -m export inspect --bundle engines/edge
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from export.engines import Built, Job, Plan
+
+DEFAULT_BUNDLE = Path("engines/edge")
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+bundle_option = click.option(
+    "--bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE, show_default=True,
+    help="Folder with manifest.json.",
+)  # fmt: skip
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's errors as one line and their own exit code, as `uc3d-rt` has them."""
+    from uc3d_rt.errors import Uc3dError
+
+    try:
+        yield
+    except Uc3dError as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(error.exit_code)
 
 
 @click.group(help=__doc__.split("\n")[0])
@@ -73,6 +102,115 @@ def onnx(
     click.echo(
         f"{'bundle':17s} {sum(file.bytes for file in manifest.networks.values()) / 2**20:6.2f} MiB   {out}"
     )
+
+
+@cli.command("build-engines")
+@bundle_option
+@click.option(
+    "--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
+    help="auto: TensorRT if it is installed and a GPU is here, else TensorRT-RTX, which needs none.",
+)  # fmt: skip
+@click.option(
+    "--target", "targets", default="",
+    help="Compute capabilities, as sm_80,sm_89; default: all that the library knows.",
+)  # fmt: skip
+@click.option(
+    "--precision", type=click.Choice(["fp16"]), default="fp16", show_default=True,
+    help="Of arithmetic; norms, softmax and sine embeddings stay fp32.",
+)  # fmt: skip
+@click.option(
+    "--weights", type=click.Choice(["fp16", "int8"]), default="fp16", show_default=True,
+    help="As engines hold them; int8 as the bundle stores them: three fifths of the bytes.",
+)  # fmt: skip
+@click.option(
+    "--timing-cache", type=click.Path(dir_okay=False, path_type=Path),
+    help="TensorRT's file of measured kernels, read and written; TensorRT-RTX has none.",
+)  # fmt: skip
+@click.option(
+    "--jobs", default=2, show_default=True, type=click.IntRange(min=1), help="Networks built at once."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
+def build_engines(
+    bundle: Path, backend: str, targets: str, precision: str, weights: str, timing_cache: Path | None,
+    jobs: int, dry_run: bool,
+) -> None:  # fmt: skip
+    """Build the fastest thing each GPU can run from a bundle's five networks.
+
+    Engines land in BUNDLE/built/, each network's as soon as it is whole.  What is there already and
+    still right is left alone, so a build that was stopped goes on where it was, and one whose bundle
+    changed rebuilds what changed.  Every fp16 graph is held against the bundle's network first.
+    """
+    with plain_errors():
+        from export.engines import BuildOptions, build, plan_build
+
+        names = tuple(name.strip() for name in targets.split(",") if name.strip())
+        options = BuildOptions(bundle, backend, names, weights, timing_cache, jobs)
+        plan = plan_build(options)
+        made_for = ", ".join(plan.options.targets) or "every GPU that it knows"
+        click.echo(f"{plan.options.backend} {plan.engines.version} ({plan.reason}), for {made_for}")
+        click.echo(f"-> {plan.folder}")
+        if dry_run:
+            for job in plan.jobs:
+                click.echo(f"{job.name:17s} {'up to date' if job.done else 'would be built'}")
+            return
+        try:
+            with _BuildBar(plan) as bar:
+                engines = build(plan, bar.tell)
+        except KeyboardInterrupt:
+            click.echo("interrupted; finished engines are kept, run again to go on", err=True)
+            sys.exit(INTERRUPTED)
+        total = sum(engine.bytes for engine in engines.engines.values())
+        click.echo(f"{'all':17s} {total / 2**20:7.2f} MiB")
+
+
+class _BuildBar:
+    """A line for every engine, and a bar of how many are done while they are built."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._jobs = plan.jobs
+        self._running: list[str] = []
+        left = [job for job in plan.jobs if not job.done]
+        self._bar = click.progressbar(
+            length=sum(job.source.stat().st_size for job in left), label="building", file=sys.stderr,
+            item_show_func=lambda _: ", ".join(self._running),
+        )  # fmt: skip
+        self._shown = bool(left) and sys.stderr.isatty()
+
+    def __enter__(self) -> _BuildBar:
+        for job in self._jobs:
+            if job.done:
+                click.echo(f"{job.name:17s} {job.target.stat().st_size / 2**20:7.2f} MiB   up to date")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._bar.render_finish()
+
+    def tell(self, event: str, job: Job, built: Built | None) -> None:
+        if built is None:
+            self._running.append(job.name)
+        else:
+            self._running.remove(job.name)
+            if self._shown:
+                click.echo("\r\033[K", nl=False, err=True)  # the line goes where the bar was
+            click.echo(
+                f"{job.name:17s} {built.bytes / 2**20:7.2f} MiB   prepared in {built.prepare_s:.1f} s, "
+                f"built in {built.build_s:.1f} s, fp16 relative error {built.relative_error:.1e}"
+            )
+        if self._shown:
+            self._bar.update(job.source.stat().st_size if built is not None else 0)
+            self._bar.render_progress()
+
+
+@cli.command()
+@bundle_option
+def inspect(bundle: Path) -> None:
+    """Show what a bundle holds, what its engines were built for, and whether they fit this machine."""
+    with plain_errors():
+        from export.inspection import describe
+
+        for line in describe(bundle):
+            click.echo(line)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from export.example_inputs import example_inputs
 from train.checkpoint import load_vae, load_weights, preset_of
 from train.model import MultiviewModel
 from train.presets import Preset
@@ -49,27 +50,6 @@ def load_networks(checkpoint: Path) -> tuple[Preset, dict[str, nn.Module]]:
     return preset, networks
 
 
-def example_inputs(preset: Preset, name: str, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """Random inputs of a network that satisfy the contract, `batch` objects."""
-    shape, generator = preset.shape, torch.Generator().manual_seed(seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
-
-    def image() -> Tensor:
-        return torch.rand((batch, 3, shape.image_px, shape.image_px), generator=generator)
-
-    side, c = shape.latent_px, shape.latent_channels
-    if name in ("image_encoder", "vae_encoder"):
-        return (image(),)
-    if name == "vae_decoder":
-        return (normal(batch, c, side, side),)
-    if name == "projection_heads":
-        return image(), image()
-    return (
-        normal(batch * shape.views, 2 * c, side, side),
-        torch.linspace(900.0, 100.0, batch),
-        normal(batch, shape.tokens, shape.token_dim),
-        normal(batch, c, side, side),
-        torch.linspace(-1.0, 2.0, batch),
-    )
+def example_tensors(preset: Preset, name: str, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """`example_inputs` of a network as torch tensors, in the order of the contract."""
+    return tuple(torch.from_numpy(x) for x in example_inputs(preset.shape, name, batch, seed).values())

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.networks import example_inputs, load_networks
+from export.networks import example_tensors, load_networks
 from export.weights import store_weights_int8
 from train.checkpoint import load_state
 from train.presets import Preset
@@ -121,7 +121,7 @@ def export_network(preset: Preset, name: str, network: nn.Module, target: Path) 
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
-            example_inputs(preset, name, batch=2),
+            example_tensors(preset, name, batch=2),
             str(target),
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
@@ -167,7 +167,7 @@ def parity_error(preset: Preset, name: str, network: nn.Module, path: Path) -> f
     """
     session, errors = open_onnx(path), []
     for batch in (1, 2):
-        inputs = example_inputs(preset, name, batch, seed=batch)
+        inputs = example_tensors(preset, name, batch, seed=batch)
         expected = network(*inputs)
         expected = expected if isinstance(expected, tuple) else (expected,)
         for value, truth in zip(run_onnx(session, inputs), expected, strict=True):

@@ -71,7 +71,7 @@ def write_tiny_bundle(folder: Path) -> Path:
         graph = helper.make_graph(
             nodes, name, infos(specs[name].inputs), infos(specs[name].outputs), initializers
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
         onnx.checker.check_model(model)
         onnx.save(model, folder / f"{name}.onnx")
 
@@ -114,8 +114,8 @@ def write_tiny_bundle(folder: Path) -> Path:
             node("Gather", ["noises", "t"], ["noise_row"]),
             node("Reshape", ["noise_row", "scalars"], ["noise"]),
             node("Reshape", ["sample", "codes"], ["z_t"]),
-            node("ReduceMean", ["tokens"], ["token_mean"], axes=[1, 2]),
-            node("ReduceMean", ["image_latent"], ["latent_mean"], axes=[1, 2, 3]),
+            node("ReduceMean", ["tokens", "token_axes"], ["token_mean"]),
+            node("ReduceMean", ["image_latent", "latent_axes"], ["latent_mean"]),
             node("Reshape", ["token_mean", "scalars"], ["a"]),
             node("Reshape", ["latent_mean", "scalars"], ["b"]),
             node("Reshape", ["focal", "scalars"], ["c"]),
@@ -133,6 +133,8 @@ def write_tiny_bundle(folder: Path) -> Path:
         {
             "signals": np.sqrt(alpha_bar).astype(np.float32),
             "noises": np.sqrt(1.0 - alpha_bar).astype(np.float32),
+            "token_axes": np.array([1, 2]),
+            "latent_axes": np.array([1, 2, 3]),
             "scalars": np.array([-1, 1, 1, 1]),
             "codes": np.array([-1, shape.views, 2, flat // 2]),
             "slots": weight_by_slot,

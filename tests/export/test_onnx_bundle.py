@@ -12,37 +12,10 @@ from click.testing import CliRunner
 
 from export import onnx_bundle
 from export.__main__ import cli
-from export.networks import example_inputs, load_networks
+from export.networks import example_tensors, load_networks
 from export.onnx_bundle import ParityError, export_bundle, open_onnx, parity_error, run_onnx
-from train.checkpoint import save_checkpoint
-from train.model import MultiviewModel
 from train.presets import TOY
-from train.vae import Vae
 from uc3d_rt.contract import NETWORK_NAMES, SamplingDefaults, load_manifest, network_specs, sha256_of
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model, vae = MultiviewModel(TOY), Vae(TOY.vae)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)  # row-wise attention starts as zero and would hide
-    folder = tmp_path_factory.mktemp("run") / "checkpoint"
-    ema = {name: value.detach() for name, value in model.state_dict().items()}
-    state = {"step": 7, "batch": 8, "seed": 3, "history": [{"step": 7, "total": 0.5}]}
-    save_checkpoint(folder, preset=TOY, model=model, ema=ema, vae=vae, optimizers=(), state=state)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "toy"
-    sampling = SamplingDefaults(steps=9, guidance=2.0, guidance_interval=(0.1, 0.9), guidance_rescale=0.5)
-    export_bundle(checkpoint, folder, sampling=sampling, training={"data": "none"})
-    return folder
 
 
 @pytest.fixture
@@ -89,7 +62,7 @@ def test_batches_of_one_two_and_three_objects(checkpoint: Path, bundle: Path) ->
     _, networks = load_networks(checkpoint)
     session = open_onnx(bundle / "unet.onnx")
     for batch in (1, 2, 3):  # the graph was traced with two
-        inputs = example_inputs(TOY, "unet", batch, seed=5)
+        inputs = example_tensors(TOY, "unet", batch, seed=5)
         (found,) = run_onnx(session, inputs)
         with torch.no_grad():
             truth = networks["unet"](*inputs).numpy()

@@ -1,0 +1,380 @@
+"""Engines of a bundle: what must be built, each network in a process of its own, nothing half-written.
+
+Needs no torch: a user's machine builds from the bundle that ships.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from export.example_inputs import example_inputs
+from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, installed_version, known_targets
+from export.typed_graph import WEIGHTS, relative_error, typed_graph
+from uc3d_rt.contract import (
+    Manifest,
+    ModelShape,
+    load_manifest,
+    network_specs,
+    sha256_of,
+    verified_network_path,
+)
+from uc3d_rt.engines import (
+    BUILT_NAME,
+    ENGINES_NAME,
+    EngineFile,
+    EngineSet,
+    load_engine_set,
+    save_engine_set,
+    this_machine,
+)
+from uc3d_rt.errors import BackendError, BundleError, OutputError, Uc3dError, UsageError
+
+RECIPE = 1
+"""Counts changes of how engines are made; raise it when old ones should be built again."""
+
+ERROR_LIMIT = 1e-2
+"""Largest relative error of an fp16 graph.  Rounding makes 0.001 to 0.005, an overflow far more."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build."""
+
+    bundle: Path
+    backend: str = "auto"
+    targets: tuple[str, ...] = ()  # "sm_86" and the like; none = all the library knows
+    weights: str = "fp16"
+    timing_cache: Path | None = None
+    jobs: int = 2
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", *LIBRARIES):
+            raise UsageError(f"unknown backend {self.backend!r}; choose auto, {', '.join(LIBRARIES)}")
+        if self.weights not in WEIGHTS:
+            raise UsageError(f"unknown weights {self.weights!r}; choose {', '.join(WEIGHTS)}")
+        if self.jobs < 1:
+            raise UsageError(f"jobs must be at least 1, got {self.jobs}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network's engine, to be built or already there."""
+
+    name: str
+    source: Path
+    source_sha256: str
+    batches: tuple[int, ...]
+    key: str
+    target: Path
+    done: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `build` will do."""
+
+    options: BuildOptions  # with the backend decided
+    reason: str  # of that decision
+    manifest: Manifest
+    folder: Path
+    engines: EngineSet  # as they are now
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a worker tells of its engine."""
+
+    sha256: str
+    bytes: int
+    relative_error: float
+    prepare_s: float
+    build_s: float
+
+
+def plan_build(options: BuildOptions) -> Plan:
+    """Decide what must be built.
+
+    Raises:
+        BundleError: the bundle is missing, incomplete or altered.
+        UsageError: an unknown target, or a timing cache where there is none.
+        BackendError: the library is not installed.
+    """
+    manifest = load_manifest(options.bundle)
+    backend, reason = chosen_backend(options.backend)
+    check_targets(backend, options.targets)
+    if options.timing_cache is not None and backend == "tensorrt-rtx":
+        raise UsageError("TensorRT-RTX has no timing cache: it tunes where it runs; leave --timing-cache out")
+    # The order of targets changes nothing.
+    known = known_targets(backend)
+    targets = tuple(sorted(set(options.targets), key=known.index))
+    options = replace(options, backend=backend, targets=targets)
+    release = installed_version(backend)
+    if release is None:
+        raise BackendError(f"{backend} is not installed; {LIBRARIES[backend].mend}")
+    if not targets and not known:
+        machine = this_machine()
+        if machine is None:
+            raise BackendError(
+                f"{backend} builds on the GPU that will run the engine, and there is none here"
+            )
+        targets = (machine.target,)
+    precision = "fp16" if options.weights == "fp16" else "fp16-int8-weights"
+    label = "-".join((backend, release, precision, "-".join(t.replace("_", "") for t in targets) or "all"))
+    folder = options.bundle / BUILT_NAME / label
+    now = EngineSet(backend, release, targets, precision, manifest.profile, {})
+    if (folder / ENGINES_NAME).is_file():
+        now = load_engine_set(folder)
+    jobs = []
+    for name, batches in engine_batches(manifest.shape).items():
+        source = verified_network_path(options.bundle, manifest, name)
+        entry = manifest.networks[name]
+        key = _key(entry.sha256, batches, options, release)
+        target = folder / f"{name}{LIBRARIES[backend].suffix}"
+        old = now.engines.get(name)
+        done = old is not None and old.key == key and target.is_file() and sha256_of(target) == old.sha256
+        jobs.append(Job(name, source, entry.sha256, batches, key, target, done))
+    return Plan(options, reason, manifest, folder, now, tuple(jobs))
+
+
+def chosen_backend(asked: str) -> tuple[str, str]:
+    """The backend to build with, and why it."""
+    if asked != "auto":
+        return asked, "asked for"
+    machine = this_machine()
+    if installed_version("tensorrt") is not None and machine is not None:
+        return "tensorrt", f"TensorRT is installed and {machine.gpu} is here to build on"
+    if installed_version("tensorrt-rtx") is not None:
+        lacks = "there is no GPU here" if machine is None else "TensorRT is not installed"
+        return "tensorrt-rtx", f"{lacks}; TensorRT-RTX builds ahead of time"
+    raise BackendError(f"no library that builds engines is installed; {LIBRARIES['tensorrt-rtx'].mend}")
+
+
+def engine_batches(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Objects a call that every network is built for: shapes are fixed, so that CUDA graphs can be.
+
+    The UNet is called for one object without guidance and, as two, with it; the decoder makes all
+    colour and normal images of an object at once.
+    """
+    return {
+        "image_encoder": (1,),
+        "vae_encoder": (1,),
+        "unet": (1, 2),
+        "vae_decoder": (2 * shape.views,),
+        "projection_heads": (1,),
+    }
+
+
+def build(plan: Plan, on_event: Callable[[str, Job, Built | None], None] | None = None) -> EngineSet:
+    """Build what the plan lacks; every engine stands at its place as soon as it is whole.
+
+    Args:
+        plan: of `plan_build`.
+        on_event: told `("start" | "done", job, result)`.
+
+    Raises:
+        BackendError, OutputError: the first network that failed; the others' engines are kept.
+        KeyboardInterrupt: workers are ended and nothing half-written stays.
+    """
+    tell = on_event or (lambda event, job, result: None)
+    # The longest first, so that no worker is left alone with it at the end.
+    waiting = sorted((job for job in plan.jobs if not job.done), key=lambda job: -job.source.stat().st_size)
+    engines = plan.engines
+    if not waiting:
+        return engines
+    with _folder_lock(plan.folder), _Workers(plan) as workers:
+        if (plan.folder / ENGINES_NAME).is_file():
+            engines = load_engine_set(plan.folder)
+        while waiting or workers.running:
+            while waiting and len(workers.running) < plan.options.jobs:
+                job = waiting.pop(0)
+                workers.start(job)
+                tell("start", job, None)
+            for job, built in workers.finished():
+                os.replace(_temporary(job), job.target)
+                entry = EngineFile(
+                    job.target.name, built.sha256, built.bytes, job.source_sha256, job.key, job.batches,
+                    built.relative_error,
+                )  # fmt: skip
+                engines = replace(engines, engines={**engines.engines, job.name: entry})
+                save_engine_set(engines, plan.folder)
+                tell("done", job, built)
+    return engines
+
+
+class _Workers:
+    """Processes that build an engine each; all are ended, and their files removed, on the way out."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.running: dict[multiprocessing.connection.Connection, tuple[Any, Job]] = {}
+        self._spawn = multiprocessing.get_context("spawn")
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, job in self.running.values():
+            process.kill()
+            process.join()
+            _temporary(job).unlink(missing_ok=True)
+            _log(job).unlink(missing_ok=True)
+
+    def start(self, job: Job) -> None:
+        receiver, sender = self._spawn.Pipe(duplex=False)
+        arguments = (sender, job, self.plan.options, self.plan.manifest, _temporary(job), _log(job))
+        process = self._spawn.Process(target=_work, args=arguments, name=f"build {job.name}")
+        process.start()
+        sender.close()  # the worker's end; ours tells when it dies
+        self.running[receiver] = (process, job)
+
+    def finished(self) -> list[tuple[Job, Built]]:
+        """Wait for at least one; raises what went wrong in it."""
+        results = []
+        for receiver in multiprocessing.connection.wait(list(self.running)):
+            process, job = self.running[receiver]  # type: ignore[index]
+            try:
+                message = receiver.recv()  # type: ignore[union-attr]
+            except EOFError:
+                process.join()
+                message = BackendError(f"{job.name}: the builder died ({_ending(process.exitcode)})")
+            if isinstance(message, Uc3dError):
+                raise message
+            process.join()
+            _log(job).unlink(missing_ok=True)
+            del self.running[receiver]  # type: ignore[arg-type]
+            results.append((job, message))
+        return results
+
+
+def _work(
+    sender: multiprocessing.connection.Connection, job: Job, options: BuildOptions, manifest: Manifest,
+    target: Path, log: Path,
+) -> None:  # fmt: skip
+    """Build one engine into `target`, in a process of its own; sends `Built` or an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
+    try:
+        # The libraries write to both streams, from C too.
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, sys.stdout.fileno())
+        os.dup2(handle, sys.stderr.fileno())
+        sender.send(_built(job, options, manifest, target))
+    except Uc3dError as error:
+        said = first_error(log)
+        sender.send(type(error)(f"{job.name}: {error}{f' ({said})' if said else ''}"))
+    except OSError as error:
+        sender.send(
+            OutputError(f"cannot write {job.target}: {error.strerror or error}; free space and run again")
+        )
+    except ValueError as error:
+        sender.send(BackendError(f"{job.name}: {error}"))
+    except MemoryError:
+        sender.send(BackendError(f"{job.name}: memory ran out; use fewer --jobs"))
+
+
+def _built(job: Job, options: BuildOptions, manifest: Manifest, target: Path) -> Built:
+    started, shape = time.perf_counter(), manifest.shape
+    sizes, profiles = {}, []
+    spec = network_specs(shape)[job.name]
+    all_sizes = [{"batch": batch, "samples": batch * shape.views} for batch in job.batches]
+    if len(all_sizes) == 1:
+        names = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+        sizes = {name: all_sizes[0][name] for name in sorted(names)}
+    else:
+        for free in all_sizes:
+            profiles.append(
+                {t.name: tuple(free[s] if isinstance(s, str) else s for s in t.shape) for t in spec.inputs}
+            )
+    model = typed_graph(job.source, sizes, options.weights)
+    steps = manifest.schedule.train_steps
+    inputs = [example_inputs(shape, job.name, batch, batch, steps) for batch in job.batches]
+    error = relative_error(job.source, model, inputs)
+    if not error <= ERROR_LIMIT:
+        raise BackendError(
+            f"its fp16 graph differs from the bundle's network by {error:.1e} (limit {ERROR_LIMIT:g}); "
+            "the weights do not suit fp16"
+        )
+    prepared = time.perf_counter()
+    engine = build_engine(
+        model.SerializeToString(deterministic=True), backend=options.backend, targets=options.targets,
+        profiles=profiles, timing_cache=options.timing_cache,
+    )  # fmt: skip
+    with target.open("wb") as stream:
+        stream.write(engine)
+        stream.flush()
+        os.fsync(stream.fileno())
+    ended = time.perf_counter()
+    digest = hashlib.sha256(engine).hexdigest()
+    return Built(digest, len(engine), error, prepared - started, ended - prepared)
+
+
+def first_error(log: Path) -> str:
+    """The first error a library printed: those after it tell of its consequences."""
+    try:
+        lines = log.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((" ".join(line.split())[:300] for line in lines if line.lstrip().startswith("[E]")), "")
+
+
+def _key(source_sha256: str, batches: Sequence[int], options: BuildOptions, release: str) -> str:
+    """SHA-256 of all that decides the bytes of an engine."""
+    what = {
+        "source": source_sha256,
+        "batches": list(batches),
+        "weights": options.weights,
+        "backend": [options.backend, release],
+        "targets": list(options.targets),
+        "tools": [version(name) for name in ("onnx", "onnxruntime", "polygraphy")],
+        "recipe": RECIPE,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """One build a folder at a time; the lock ends with the process that holds it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        with lock:
+            yield
+    except Timeout as error:
+        raise OutputError(f"another build is writing to {folder}; wait for it to end") from error
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder} ({error.strerror or error}); free space or change its permissions"
+        ) from error
+
+
+def _temporary(job: Job) -> Path:
+    return job.target.with_name(f".{job.target.name}.{os.getpid()}.tmp")
+
+
+def _log(job: Job) -> Path:
+    return job.target.with_name(f".{job.target.name}.{os.getpid()}.log")
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"{name}; memory may have run out: use fewer --jobs" if name == "SIGKILL" else name
+    return f"exit code {code}"
+
+
+__all__ = ["BuildOptions", "Built", "BundleError", "Job", "Plan", "build", "chosen_backend", "plan_build"]

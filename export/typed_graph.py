@@ -1,0 +1,214 @@
+"""A bundle's ONNX file as a strongly typed fp16 graph: precision is written in the graph, nowhere else.
+
+TensorRT 11 and TensorRT-RTX know no other way, and TensorRT 10 takes it too.  ONNX Runtime folds the
+constants and converts; what stays here is which parts keep fp32, and the proof that nothing was lost.
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+FloatArray = NDArray[np.float32]
+
+WEIGHTS = ("fp16", "int8")
+"""fp16: int8-stored weights are dequantised; int8: they stay, and kernels dequantise as they read."""
+
+FP32_OPS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization", "Softmax")
+"""Squares of what enters a norm overflow fp16 (261 was seen in the edge image encoder); exponentials
+of a softmax sum to thousands."""
+
+OPSET = 19  # the first whose DequantizeLinear has fp16 scales
+OLDEST_OPSET = 18
+IR_VERSION = 9
+SMALLEST_SCALE = 3e-6  # fp16 is subnormal there, and keeps 1 % of it
+MOVES = frozenset(
+    ("Concat", "Expand", "Flatten", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose",
+     "Unsqueeze")
+)  # fmt: skip
+"""Operators that only move values: nothing is rounded there."""
+
+
+def typed_graph(source: Path, sizes: Mapping[str, int], weights: str = "fp16") -> onnx.ModelProto:
+    """The network of an ONNX file in fp16, with norms, softmax and sine embeddings in fp32.
+
+    Inputs and outputs stay float32, as in the contract.  The same file and arguments give the same
+    bytes.
+
+    Args:
+        source: file of a bundle, fp32, its weights stored as fp32 or int8.
+        sizes: free dimensions to fix, by name; what is left out stays free.
+        weights: one of `WEIGHTS`.
+
+    Raises:
+        ValueError: ONNX Runtime or the checker refuses the graph, or a scale is too small for fp16.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    model = folded(source, sizes, keep_int8=weights == "int8")
+    for opset in model.opset_import:
+        if opset.domain == "" and opset.version < OLDEST_OPSET:
+            raise ValueError(
+                f"{source} is of opset {opset.version}; export the bundle again ({OLDEST_OPSET})"
+            )
+        if opset.domain == "":
+            opset.version = max(opset.version, OPSET)  # what we use means the same in both
+    model.ir_version = max(model.ir_version, IR_VERSION)
+    _check_scales(model, source)
+    model = convert_float_to_float16(
+        model, keep_io_types=True, op_block_list=list(FP32_OPS), node_block_list=_sine_embeddings(model)
+    )
+    _drop_repeated_casts(model)
+    sorted_model = OnnxModel(model)
+    sorted_model.topological_sort(is_deterministic=True)  # the converter appends its casts at the end
+    model = sorted_model.model
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ValueError(f"{source} cannot be typed as fp16: {error}") from error
+    return model
+
+
+def folded(source: Path, sizes: Mapping[str, int], *, keep_int8: bool) -> onnx.ModelProto:
+    """The graph after ONNX Runtime's basic optimisations: constants folded, standard operators only."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it warns that a saved model should be run by the same version
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.disable_quant_qdq", "0" if keep_int8 else "1")
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "folded.onnx"
+        options.optimized_model_filepath = str(target)
+        try:
+            onnxruntime.InferenceSession(
+                str(source), options, providers=["CPUExecutionProvider"],
+                # The first makes Gemm of what TensorRT fuses by itself; the second copies shared weights.
+                disabled_optimizers=["MatMulAddFusion", "EnsureUniqueDQForNodeUnit"],
+            )  # fmt: skip
+        except Exception as error:  # its own classes share no base but Exception
+            raise ValueError(
+                f"ONNX Runtime refuses {source}: {' '.join(str(error).split())[:300]}"
+            ) from error
+        model = onnx.load(target)
+    used = {node.domain for node in model.graph.node}
+    kept = [opset for opset in model.opset_import if opset.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    return model
+
+
+def relative_error(source: Path, model: onnx.ModelProto, inputs: Sequence[Mapping[str, FloatArray]]) -> float:
+    """Largest relative 2-norm error of a typed graph's outputs against the file it was made from.
+
+    ONNX Runtime on a CPU computes fp16 graphs in fp32 from cast to cast; here every fp16 value is
+    rounded, as it would be on a GPU.  A value that is no number makes the error NaN.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    providers = ["CPUExecutionProvider"]
+    truth = onnxruntime.InferenceSession(str(source), options, providers=providers)
+    # Optimisations would take the rounding for a cast to and fro, and remove it.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    rounded = onnxruntime.InferenceSession(
+        with_rounding(model).SerializeToString(), options, providers=providers
+    )
+    names = [output.name for output in truth.get_outputs()]
+    errors = []
+    for given in inputs:
+        pairs = zip(rounded.run(names, dict(given)), truth.run(names, dict(given)), strict=True)
+        errors += [np.linalg.norm(value - true) / np.linalg.norm(true) for value, true in pairs]
+    return float(np.max(errors))
+
+
+def with_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The typed graph in fp32, with every value that was fp16 rounded to it and back."""
+    model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    graph = model.graph
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*graph.value_info, *graph.input, *graph.output)
+    }
+    for tensor in graph.initializer:
+        _widen(tensor)
+    nodes = []
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                _widen(attribute.t)
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+        nodes.append(node)
+        if node.op_type in MOVES:
+            continue
+        for position, name in enumerate(node.output):
+            if types.get(name) == TensorProto.FLOAT16:
+                exact, half = f"{name}__exact", f"{name}__half"
+                node.output[position] = exact
+                nodes.append(helper.make_node("Cast", [exact], [half], to=TensorProto.FLOAT16))
+                nodes.append(helper.make_node("Cast", [half], [name], to=TensorProto.FLOAT))
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    return model
+
+
+def _widen(tensor: onnx.TensorProto) -> None:
+    if tensor.data_type == TensorProto.FLOAT16:
+        wide = numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+
+
+def _sine_embeddings(model: onnx.ModelProto) -> list[str]:
+    """Names of sines, cosines and all that leads to them: t times a frequency needs more than 11 bits."""
+    maker: dict[str, Any] = {name: node for node in model.graph.node for name in node.output}
+    found: set[str] = set()
+    waiting = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
+    while waiting:
+        node = waiting.pop()
+        if node.name not in found:
+            found.add(node.name)
+            waiting += [maker[name] for name in node.input if name in maker]
+    return sorted(found)
+
+
+def _drop_repeated_casts(model: onnx.ModelProto) -> None:
+    """The converter casts an input back once for every fp32 reader, each time to the same name."""
+    seen: set[bytes] = set()
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "Cast":
+            what = b"|".join(name.encode() for name in (*node.input, "", *node.output))
+            if what in seen:
+                continue
+            seen.add(what)
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _check_scales(model: onnx.ModelProto, source: Path) -> None:
+    """Scales of int8 weights become fp16: none may vanish there."""
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[1] in values:
+            smallest = float(np.abs(numpy_helper.to_array(values[node.input[1]])).min())
+            if smallest < SMALLEST_SCALE:
+                raise ValueError(
+                    f"{source}: {node.input[1]} holds the scale {smallest:.1e}, too small for fp16; "
+                    "build with --weights fp16"
+                )

@@ -1,0 +1,147 @@
+"""Engines built from a bundle: what they are, what they were built for, and whether that fits.
+
+`python -m export build-engines` writes them to `BUNDLE/built/<what they were built for>/`, with an
+`engines.json` that is the authority on them; the runtime reads it before it opens any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from uc3d_rt.contract import Manifest, sha256_of
+from uc3d_rt.errors import BundleError
+
+BUILT_NAME = "built"
+ENGINES_NAME = "engines.json"
+FORMAT_VERSION = 1
+REBUILD = "run: python -m export build-engines"
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """One network's engine."""
+
+    file: str
+    sha256: str
+    bytes: int
+    source_sha256: str  # of the bundle's ONNX file it was built from
+    key: str  # SHA-256 of all that decides its bytes
+    batches: tuple[int, ...]  # objects a call, a profile each
+    relative_error: float  # of the fp16 graph, each value rounded, against the bundle's network on a CPU
+
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file or not self.batches:
+            raise ValueError(f"not an engine of this folder: {self}")
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """`engines.json`: the engines of one folder."""
+
+    backend: str  # "tensorrt-rtx" or "tensorrt"
+    version: str  # of the library that built them; no other opens them
+    targets: tuple[str, ...]  # "sm_86" and the like; empty = every GPU that this version knows
+    precision: str
+    profile: str  # the bundle's
+    engines: dict[str, EngineFile]
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The first NVIDIA GPU, as its driver tells."""
+
+    gpu: str
+    target: str  # "sm_86"
+    driver: str
+
+
+def save_engine_set(engines: EngineSet, folder: Path) -> None:
+    """Write `engines.json`, atomically."""
+    temporary = folder / f".{ENGINES_NAME}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(json.dumps(asdict(engines), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / ENGINES_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_engine_set(folder: Path) -> EngineSet:
+    """Read and check `engines.json`.
+
+    Raises:
+        BundleError: it is missing, damaged, or of another format version.
+    """
+    path = folder / ENGINES_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format_version"] != FORMAT_VERSION:
+            raise BundleError(
+                f"{path} has format version {data['format_version']}, this runtime reads {FORMAT_VERSION}; "
+                + REBUILD
+            )
+        engines = {
+            name: EngineFile(**{**entry, "batches": tuple(entry["batches"])})
+            for name, entry in data.pop("engines").items()
+        }
+        return EngineSet(**{**data, "targets": tuple(data["targets"])}, engines=engines)
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is missing; {REBUILD}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} is damaged ({error}); delete the folder and {REBUILD}") from error
+
+
+def built_folders(bundle: Path) -> list[Path]:
+    """Folders with engines of a bundle, sorted by name."""
+    return sorted(path.parent for path in (bundle / BUILT_NAME).glob(f"*/{ENGINES_NAME}"))
+
+
+def this_machine() -> Machine | None:
+    """The first GPU that `nvidia-smi` names; None where there is none."""
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    fields = [field.strip() for field in done.stdout.partition("\n")[0].split(",")]
+    if len(fields) != 3:
+        return None
+    gpu, capability, driver = fields
+    return Machine(gpu, "sm_" + capability.replace(".", ""), driver)
+
+
+def misfits(
+    engines: EngineSet, folder: Path, manifest: Manifest, machine: Machine | None, installed: str | None
+) -> list[str]:
+    """Why engines cannot be used here, each reason a sentence; empty = they can.
+
+    Args:
+        engines: of `folder`.
+        manifest: of the bundle they should be of.
+        machine: where they should run.
+        installed: version of the library that opens them, None if it is not installed.
+    """
+    reasons = []
+    for name, entry in manifest.networks.items():
+        built = engines.engines.get(name)
+        if built is None:
+            reasons.append(f"{name} was not built")
+        elif built.source_sha256 != entry.sha256:
+            reasons.append(f"{name} was built from another {entry.file} than the bundle's")
+        elif not (folder / built.file).is_file():
+            reasons.append(f"{built.file} is missing")
+        elif sha256_of(folder / built.file) != built.sha256:
+            reasons.append(f"{built.file} was altered or damaged")
+    if installed is None:
+        reasons.append(f"{engines.backend} is not installed")
+    elif installed != engines.version:
+        reasons.append(f"built by {engines.backend} {engines.version}, installed is {installed}")
+    if machine is None:
+        reasons.append("no NVIDIA GPU was found")
+    elif engines.targets and machine.target not in engines.targets:
+        reasons.append(f"built for {', '.join(engines.targets)}, but {machine.gpu} is {machine.target}")
+    return reasons
