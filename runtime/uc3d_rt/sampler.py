@@ -1,12 +1,14 @@
 """DDIM and classifier-free guidance, as functions on NumPy arrays.
 
 Symbols follow the paper: `alpha_bar` (Eq. 6), `eps`, `z_t`.  A UNet may predict `eps` or
-`v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0`; both are turned into `(z_0, eps)` first.
+`v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0`.  Deterministic DDIM is linear in `z_t` and in the
+prediction, so a step is two numbers, known before the network is first called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,16 +57,51 @@ def trailing_timesteps(train_steps: int, steps: int, first_step_to: float = 1.0)
     return np.concatenate([[train_steps - 1], trailing_timesteps(rest, steps - 1)])
 
 
-def split_prediction(
-    prediction: FloatArray, z_t: FloatArray, alpha_bar: float, kind: str
-) -> tuple[FloatArray, FloatArray]:
-    """`(z_0, eps)` that a prediction implies at `z_t`; all arrays of one shape."""
-    signal, noise = np.float32(alpha_bar**0.5), np.float32((1.0 - alpha_bar) ** 0.5)
-    if kind == "v":
-        z_0, eps = signal * z_t - noise * prediction, signal * prediction + noise * z_t
-    else:
-        z_0, eps = (z_t - noise * prediction) / signal, prediction
-    return z_0.astype(np.float32, copy=False), eps.astype(np.float32, copy=False)
+def step_weights(alpha_bar: float, previous: float, kind: str) -> tuple[float, float]:
+    """`(keep, add)` of a DDIM step: `z_previous = keep z_t + add prediction`.
+
+    That is `sqrt(previous) z_0 + sqrt(1 - previous) eps` of the `(z_0, eps)` that the prediction implies.
+
+    Args:
+        alpha_bar: at z_t.
+        previous: alpha_bar after the step; 1 gives z_0, 0 gives eps.
+        kind: "eps" or "v", what is predicted.
+    """
+    signal, noise = alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5
+    to_z_0, to_eps = previous**0.5, (1.0 - previous) ** 0.5
+    if kind == "v":  # z_0 = signal z_t - noise v, eps = signal v + noise z_t
+        return to_z_0 * signal + to_eps * noise, to_eps * signal - to_z_0 * noise
+    return to_z_0 / signal, to_eps - to_z_0 * noise / signal  # z_0 = (z_t - noise eps) / signal
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the network and what becomes of `z_t`."""
+
+    t: int
+    guided: bool
+    keep: float  # of z_t
+    add: float  # of the prediction
+
+
+def ddim_steps(
+    schedule: NoiseSchedule,
+    steps: int,
+    *,
+    guidance: float = 3.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    first_step_to: float = 1.0,
+) -> tuple[Step, ...]:
+    """All steps of deterministic DDIM (eta = 0), trailing timesteps; arguments as `ddim`."""
+    alpha_bar = alpha_bars(schedule)
+    timesteps = [int(t) for t in trailing_timesteps(schedule.train_steps, steps, first_step_to)]
+    low, high = guidance_interval
+    plan = []
+    for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
+        acts = guidance != 1.0 and low <= (t + 1) / schedule.train_steps <= high
+        previous = 1.0 if after is None else float(alpha_bar[after])
+        plan.append(Step(t, acts, *step_weights(float(alpha_bar[t]), previous, schedule.prediction)))
+    return tuple(plan)
 
 
 def guided(
@@ -112,23 +149,17 @@ def ddim(
     Returns:
         `z_0`, shape of `z_T`.
     """
-    alpha_bar = alpha_bars(schedule)
-    timesteps = trailing_timesteps(schedule.train_steps, steps, first_step_to)
-    low, high = guidance_interval
+    plan = ddim_steps(
+        schedule, steps, guidance=guidance, guidance_interval=guidance_interval, first_step_to=first_step_to
+    )
     z_t = z_T
-    for index, t in enumerate(timesteps):
-        acts = guidance != 1.0 and low <= (int(t) + 1) / schedule.train_steps <= high
-        conditional, unconditional = denoise(z_t, float(t), acts)
+    for done, step in enumerate(plan, start=1):
+        conditional, unconditional = denoise(z_t, float(step.t), step.guided)
         prediction = conditional
-        if acts:
+        if step.guided:
             assert unconditional is not None
             prediction = guided(conditional, unconditional, guidance, guidance_rescale)
-        z_0, eps = split_prediction(prediction, z_t, float(alpha_bar[t]), schedule.prediction)
-        if index + 1 == len(timesteps):
-            z_t = z_0
-        else:
-            previous = float(alpha_bar[timesteps[index + 1]])
-            z_t = np.float32(np.sqrt(previous)) * z_0 + np.float32(np.sqrt(1.0 - previous)) * eps
+        z_t = np.float32(step.keep) * z_t + np.float32(step.add) * prediction
         if on_step is not None:
-            on_step(index + 1, steps)
+            on_step(done, steps)
     return z_t

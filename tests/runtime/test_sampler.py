@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from uc3d_rt.contract import NoiseSchedule
-from uc3d_rt.sampler import alpha_bars, ddim, guided, split_prediction, trailing_timesteps
+from uc3d_rt.sampler import alpha_bars, ddim, ddim_steps, guided, step_weights, trailing_timesteps
 
 SCHEDULES = {
     "eps-linear": NoiseSchedule(),
@@ -90,16 +90,28 @@ def test_ddim_matches_the_paper_in_float64(prediction: str) -> None:
     np.testing.assert_allclose(ours, z, rtol=1e-5, atol=1e-5)
 
 
-def test_split_prediction_inverts_the_forward_process() -> None:
+@pytest.mark.parametrize("previous", [0.0, 0.6, 1.0])
+def test_a_step_goes_where_ddim_goes(previous: float) -> None:
     rng = np.random.default_rng(2)
-    z_0, eps = rng.standard_normal((2, 4, 5)).astype(np.float32)
+    z_0, eps = rng.standard_normal((2, 4, 5))
     a = 0.37
-    z_t = np.float32(a**0.5) * z_0 + np.float32((1 - a) ** 0.5) * eps
-    v = np.float32(a**0.5) * eps - np.float32((1 - a) ** 0.5) * z_0
+    z_t, v = a**0.5 * z_0 + (1 - a) ** 0.5 * eps, a**0.5 * eps - (1 - a) ** 0.5 * z_0
+    wanted = previous**0.5 * z_0 + (1 - previous) ** 0.5 * eps
     for prediction, kind in ((eps, "eps"), (v, "v")):
-        found_z_0, found_eps = split_prediction(prediction, z_t, a, kind)
-        np.testing.assert_allclose(found_z_0, z_0, atol=1e-5)
-        np.testing.assert_allclose(found_eps, eps, atol=1e-5)
+        keep, add = step_weights(a, previous, kind)
+        np.testing.assert_allclose(keep * z_t + add * prediction, wanted, atol=1e-12)
+
+
+def test_the_steps_of_a_run() -> None:
+    schedule = NoiseSchedule(zero_terminal_snr=True, prediction="v")
+    plan = ddim_steps(schedule, 5, guidance_interval=(0.4, 0.5), first_step_to=0.5)
+    assert [(step.t, step.guided) for step in plan] == [
+        (999, False), (499, True), (374, False), (249, False), (124, False)
+    ]  # fmt: skip
+    after = alpha_bars(schedule)[499]
+    # At zero SNR the prediction is -z_0, and z_t is all noise.
+    assert (plan[0].keep, plan[0].add) == pytest.approx(((1 - after) ** 0.5, -(after**0.5)))
+    assert not any(step.guided for step in ddim_steps(schedule, 5, guidance=1.0))
 
 
 def test_guidance_formula_and_rescale() -> None:

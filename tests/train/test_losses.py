@@ -23,7 +23,7 @@ from train.presets import TOY, LossWeights, Preset
 from train.trainer import with_train
 from train.vae import Vae
 from uc3d_rt.contract import NoiseSchedule
-from uc3d_rt.sampler import alpha_bars, split_prediction
+from uc3d_rt.sampler import alpha_bars, step_weights
 
 B, V, C, H, W = 3, 2, 4, 3, 2
 
@@ -80,7 +80,8 @@ def test_training_and_sampler_read_a_prediction_alike(rng: np.random.Generator, 
     z_t, prediction = (latents(rng).astype(np.float32) for _ in range(2))
     trained = predicted_z_0(double(prediction), double(z_t), double(ALPHA_BAR).float(), kind)
     for b in range(B):
-        sampled, _ = split_prediction(prediction[b], z_t[b], float(ALPHA_BAR[b]), kind)
+        keep, add = step_weights(float(ALPHA_BAR[b]), 1.0, kind)
+        sampled = keep * z_t[b] + add * prediction[b]
         np.testing.assert_allclose(trained[b], sampled, rtol=1e-4, atol=1e-5)
 
 
