@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from export.example_inputs import example_inputs
-from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, installed_version, known_targets
+from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, known_targets
 from export.typed_graph import WEIGHTS, relative_error, typed_graph
 from uc3d_rt.contract import (
     Manifest,
@@ -36,6 +36,7 @@ from uc3d_rt.engines import (
     ENGINES_NAME,
     EngineFile,
     EngineSet,
+    installed_version,
     load_engine_set,
     save_engine_set,
     this_machine,

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from uc3d_rt.engines import LIBRARY_MODULES
 from uc3d_rt.errors import BackendError, UsageError
 
 
@@ -20,14 +21,13 @@ from uc3d_rt.errors import BackendError, UsageError
 class Library:
     """A library that builds engines."""
 
-    module: str
     suffix: str  # of its engine files
     mend: str  # how to install it
 
 
 LIBRARIES = {
-    "tensorrt": Library("tensorrt", ".plan", "pip install tensorrt (NVIDIA's own package index)"),
-    "tensorrt-rtx": Library("tensorrt_rtx", ".rtx", "pip install 'uc3d-rt[engines]'"),
+    "tensorrt": Library(".plan", "pip install tensorrt (NVIDIA's own package index)"),
+    "tensorrt-rtx": Library(".rtx", "pip install 'uc3d-rt[engines]'"),
 }
 
 Profile = Mapping[str, tuple[int, ...]]
@@ -41,17 +41,9 @@ def library(backend: str) -> ModuleType:
         BackendError: it is not installed, or does not load.
     """
     try:
-        return importlib.import_module(LIBRARIES[backend].module)
+        return importlib.import_module(LIBRARY_MODULES[backend])
     except ImportError as error:
         raise BackendError(f"{backend} does not load ({error}); {LIBRARIES[backend].mend}") from error
-
-
-def installed_version(backend: str) -> str | None:
-    """Its version; None if it is not installed."""
-    try:
-        return str(library(backend).__version__)
-    except BackendError:
-        return None
 
 
 def known_targets(backend: str) -> tuple[str, ...]:

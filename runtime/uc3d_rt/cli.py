@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from uc3d_rt.errors import OutputError, Uc3dError, UsageError
+from uc3d_rt.errors import BackendError, OutputError, Uc3dError, UsageError
 from uc3d_rt.mesh.writers import FORMATS
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def command(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Make a textured mesh of the object in IMAGE."""
+    """Make a textured mesh of the object in IMAGE.  `uc3d-rt doctor` checks the installation instead."""
     # What the user may have got wrong is found before anything heavy is imported or run.
     mesh_format = check_output(output, file_format)
     if views_dir is not None:
@@ -123,11 +123,29 @@ def command(
         click.echo(f"wrote {output}: {len(result.mesh.faces):,} triangles", err=True)
 
 
+@click.command(name="doctor", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--bundle", type=click.Path(path_type=Path), help="Model bundle; else the one that ships.")
+def doctor(bundle: Path | None) -> int:
+    """Say what is installed, what this machine has, and what is wrong, with its mend."""
+    from uc3d_rt.doctor import diagnose
+    from uc3d_rt.pipeline import default_bundle
+
+    lines, wrong = diagnose(bundle or default_bundle())
+    for line in lines:
+        click.echo(line)
+    for line in wrong:
+        click.echo(f"wrong: {line}")
+    return BackendError.exit_code if wrong else 0
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every failure is one line on stderr and its own exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = command.main(arguments, prog_name="uc3d-rt", standalone_mode=False)
+        if arguments[:1] == ["doctor"]:
+            code = doctor.main(arguments[1:], prog_name="uc3d-rt doctor", standalone_mode=False)
+        else:
+            code = command.main(arguments, prog_name="uc3d-rt", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(_INTERRUPTED)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -19,6 +20,9 @@ BUILT_NAME = "built"
 ENGINES_NAME = "engines.json"
 FORMAT_VERSION = 1
 REBUILD = "run: python -m export build-engines"
+
+LIBRARY_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Modules of the libraries that build and open engines, by backend."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,14 @@ def this_machine() -> Machine | None:
         return None
     gpu, capability, driver = fields
     return Machine(gpu, "sm_" + capability.replace(".", ""), driver)
+
+
+def installed_version(backend: str) -> str | None:
+    """Version of the library of a backend; None if it is not installed or does not load."""
+    try:
+        return str(importlib.import_module(LIBRARY_MODULES[backend]).__version__)
+    except ImportError:
+        return None
 
 
 def misfits(
