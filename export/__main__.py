@@ -204,6 +204,33 @@ class _BuildBar:
 
 @cli.command()
 @bundle_option
+@click.option(
+    "--checkpoint", type=click.Path(file_okay=False, path_type=Path),
+    help="What the bundle was exported from; without it torch is left out.",
+)  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), help="Of the sample; default: the bundle's.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of inputs and noise.")
+def verify(bundle: Path, checkpoint: Path | None, steps: int | None, seed: int) -> None:
+    """Hold torch, the fp16 graphs and engines against the bundle's networks.
+
+    Tensor by tensor on random inputs, then over a whole sample, each against a limit that stands in
+    export/verification.py.  Exits with 1 if any comparison fails; engines that cannot run on this
+    machine are named with the reason.
+    """
+    with plain_errors():
+        from export.verification import table
+        from export.verification import verify as comparisons
+
+        passed = True
+        for check in comparisons(bundle, checkpoint=checkpoint, steps=steps, seed=seed):
+            passed &= table([check], click.echo)
+        if not passed:
+            click.echo("error: not everything computes the same; see the lines that say FAILED", err=True)
+            sys.exit(1)
+
+
+@cli.command()
+@bundle_option
 def inspect(bundle: Path) -> None:
     """Show what a bundle holds, what its engines were built for, and whether they fit this machine."""
     with plain_errors():

@@ -19,7 +19,7 @@ BLOCK = 1024
 """Nodes worked on together; fixed, so that vectorised loops round alike for any number of threads."""
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True, forceinline=True)  # type: ignore[untyped-decorator]
 def _adam_block(values, gradient, mean, square, nodes, correct_1, correct_2, learning_rate, epsilon):  # type: ignore[no-untyped-def]
     for n in nodes:
         for c in range(values.shape[1]):

@@ -16,7 +16,7 @@ BLOCK = 1024
 """Nodes worked on together; fixed, so that vectorised loops round alike for any number of threads."""
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True, forceinline=True)  # type: ignore[untyped-decorator]
 def _laplace(f, nodes, w_smooth, ey, ez, laplacian):  # type: ignore[no-untyped-def]
     ex = 1
     for k in range(nodes.shape[0]):
@@ -26,7 +26,7 @@ def _laplace(f, nodes, w_smooth, ey, ez, laplacian):  # type: ignore[no-untyped-
         )
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True, forceinline=True)  # type: ignore[untyped-decorator]
 def _gather(f, nodes, ey, ez, w_eikonal, laplacian, out):  # type: ignore[no-untyped-def]
     ex = 1
     for n in nodes:

@@ -20,7 +20,7 @@ MAX_SAMPLES = 256
 leaves the band around the surface."""
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True, forceinline=True)  # type: ignore[untyped-decorator]
 def _march(sdf, j, wy, x0, z0, dx, dz, length, offset, step, band, cutoff, inv_s, t_of, f_of, alpha_of):  # type: ignore[no-untyped-def]
     """Samples and opacities along one ray; empty space beyond `band` is skipped.
 
@@ -72,13 +72,13 @@ def _march(sdf, j, wy, x0, z0, dx, dz, length, offset, step, band, cutoff, inv_s
     return n
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, forceinline=True)  # type: ignore[untyped-decorator]
 def _spread(slot, count):  # type: ignore[no-untyped-def]
     """A permutation of 0 .. count - 1 that deals the busy middle slabs out to all threads."""
     return (slot * 29) % count if count % 29 != 0 else slot
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True, forceinline=True)  # type: ignore[untyped-decorator]
 def _render_slab(  # type: ignore[no-untyped-def]
     j, sdf, color, inv_s, start, weight_y, entry, direction, length, offset, step, band, cutoff, out
 ):
@@ -206,7 +206,7 @@ def render_rays(
         )
 
 
-@njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, fastmath=True, forceinline=True)  # type: ignore[untyped-decorator]
 def _backward_slab(  # type: ignore[no-untyped-def]
     j, sdf, color, inv_s, start, weight_y, entry, direction, length, offset, step, band, cutoff,
     d_out, d_sdf, d_color, d_inv_s,
