@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class LatentCache:
             image_latent=self.image_latent[rows, view].float(),
             focal=self.focal[rows, view],
         )
+
+    def free(self) -> None:
+        """Give the memory back, whoever still holds the cache; nothing can be drawn from it any more."""
+        for tensor in (self.z_0, self.image, self.image_latent, self.focal):
+            tensor.untyped_storage().resize_(0)
 
 
 def build_shard(
@@ -157,21 +163,20 @@ def load_cache(folder: Path, vae: Vae, device: torch.device) -> LatentCache:
     return LatentCache(**whole, objects=objects, shards=names)
 
 
-def refreshed(cache: LatentCache, folder: Path, vae: Vae, device: torch.device) -> LatentCache:
-    """The cache as its folder is now; the same object if no shard came or went.
-
-    A shard that goes while it is read leaves the old cache in use until the next look.
+def reload_cache(
+    folder: Path, vae: Vae, device: torch.device, *, attempts: int = 10, wait_s: float = 1.0
+) -> LatentCache:
+    """`load_cache` of a folder whose shards come and go: tried again if one went while it was read.
 
     Raises:
-        CheckpointError: as `load_cache`.
+        CheckpointError: as `load_cache`, or all attempts met a shard that went.
     """
-    names = shard_names(folder)
-    if not names or names == cache.shards:
-        return cache
-    try:
-        return load_cache(folder, vae, device)
-    except FileNotFoundError:
-        return cache
+    for _ in range(attempts):
+        try:
+            return load_cache(folder, vae, device)
+        except FileNotFoundError:
+            time.sleep(wait_s)
+    raise CheckpointError(f"shards in {folder} go faster than they can be read; keep more sets of them")
 
 
 def shares(objects: list[Path], count: int) -> Iterator[list[Path]]:

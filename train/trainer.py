@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
-from train.cache import LatentCache, refreshed
+from train.cache import LatentCache, reload_cache, shard_names
 from train.checkpoint import (
     CheckpointError,
     differences,
@@ -304,12 +304,12 @@ def train_model(
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         generator = step_generator(device, options.seed, accelerator.process_index, step)
-        if options.refresh_from is not None and step % options.refresh_every == 0:
-            newer = refreshed(cache, options.refresh_from, vae, device)
-            if newer is not cache:
-                cache = newer
-                names = f"{cache.shards[0]} ... {cache.shards[-1]}"
-                accelerator.print(f"step {step}: {cache.z_0.shape[0]} variants, {names}", flush=True)
+        look_again = options.refresh_from is not None and step % options.refresh_every == 0
+        if look_again and shard_names(options.refresh_from) not in ((), cache.shards):
+            cache.free()  # the device need not hold two
+            cache = reload_cache(options.refresh_from, vae, device)
+            names = f"{cache.shards[0]} ... {cache.shards[-1]}"
+            accelerator.print(f"step {step}: {cache.z_0.shape[0]} variants, {names}", flush=True)
         batch = cache.draw(spec.batch, generator)
         with accelerator.autocast():
             losses = wrapped(batch, vae, generator)

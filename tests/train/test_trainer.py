@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from train.__main__ import cli
-from train.cache import LatentCache, load_cache, refreshed, vae_fingerprint
+from train.cache import LatentCache, load_cache, reload_cache, vae_fingerprint
 from train.checkpoint import CheckpointError, load_state, save_vae
 from train.presets import TOY, Preset
 from train.trainer import (
@@ -242,24 +242,26 @@ def test_shards_that_are_added_while_training_runs(
     plain_draw = LatentCache.draw
     monkeypatch.setattr(LatentCache, "draw", draw)
     choices = options(tmp_path / "run", refresh_from=first.parent, refresh_every=2)
-    train_model(SMALL, load_cache(first.parent, vae, torch.device("cpu")), vae, None, choices)
+    cache = load_cache(first.parent, vae, torch.device("cpu"))
+    train_model(SMALL, cache, vae, None, choices)
     assert drawn_from == [5, 5, 5, 5, 10, 10]
+    assert cache.z_0.untyped_storage().nbytes() == 0  # never two of them on the device
     assert "step 4: 20 variants, shard-000.safetensors ... shard-001.safetensors" in capsys.readouterr().out
 
 
-def test_a_shard_that_goes_while_it_is_read_changes_nothing(
+def test_a_shard_that_goes_while_it_is_read(
     tmp_path: Path, vae: Vae, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meta = {"objects": json.dumps(list("abcde")), "variants": "2", "vae": vae_fingerprint(vae)}
-    folder, cpu = tmp_path, torch.device("cpu")
-    save_file(tensors(), folder / "shard-000.safetensors", meta)
-    cache = load_cache(folder, vae, cpu)
-    assert refreshed(cache, folder, vae, cpu) is cache
-    (folder / "shard-000.safetensors").rename(folder / "shard-001.safetensors")
-    assert refreshed(cache, folder, vae, cpu).shards == ("shard-001.safetensors",)
-    names = ("shard-000.safetensors", "shard-001.safetensors")  # as listed a moment ago
-    monkeypatch.setattr("train.cache.shard_names", lambda _: names)
-    assert refreshed(cache, folder, vae, cpu) is cache
+    save_file(tensors(), tmp_path / "shard-001.safetensors", meta)
+    gone, there = "shard-000.safetensors", "shard-001.safetensors"
+    listings = iter([(gone, there), (there,)])  # the first was made a moment too early
+    monkeypatch.setattr("train.cache.shard_names", lambda _: next(listings))
+    cache = reload_cache(tmp_path, vae, torch.device("cpu"), wait_s=0.0)
+    assert cache.shards == (there,) and cache.z_0.shape[0] == 10
+    monkeypatch.setattr("train.cache.shard_names", lambda _: (gone, there))
+    with pytest.raises(CheckpointError, match="go faster than they can be read"):
+        reload_cache(tmp_path, vae, torch.device("cpu"), wait_s=0.0)
 
 
 # The command line.
