@@ -96,19 +96,22 @@ class MultiviewBlock(nn.Module):
 
         The picture meets its own tokens twice, which a softmax cannot tell from once.
         """
-        attention, n = self.attn1, normed.shape[1]
-
-        def heads(linear: nn.Module) -> Tensor:
-            return linear(normed).unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # . heads n d
+        attention, n, v = self.attn1, normed.shape[1], self.views
+        inner, width = attention.inner_dim, attention.inner_dim // attention.heads
 
         def with_picture(x: Tensor) -> Tensor:
-            views = x.unflatten(0, (-1, self.views + 1))
-            return torch.cat([views, views[:, -1:].expand_as(views)], dim=3).flatten(0, 1)  # . heads 2n d
+            views = x.reshape(-1, v + 1, n, inner)
+            picture = views[:, v:].expand(-1, v + 1, -1, -1)
+            return torch.cat([views, picture], dim=2).reshape(-1, 2 * n, inner)
 
+        def heads(x: Tensor, tokens: int) -> Tensor:
+            return x.reshape(-1, tokens, attention.heads, width).transpose(1, 2)
+
+        q, k, value = attention.to_q(normed), attention.to_k(normed), attention.to_v(normed)
         looked = functional.scaled_dot_product_attention(
-            heads(attention.to_q), with_picture(heads(attention.to_k)), with_picture(heads(attention.to_v))
+            heads(q, n), heads(with_picture(k), 2 * n), heads(with_picture(value), 2 * n)
         )
-        out: Tensor = attention.to_out[0](looked.transpose(1, 2).reshape(-1, n, attention.inner_dim))
+        out: Tensor = attention.to_out[0](looked.transpose(1, 2).reshape(-1, n, inner))
         return out
 
 

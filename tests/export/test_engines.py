@@ -387,7 +387,7 @@ def test_auto(versions: dict[str, str], gpu: bool, expected: str, monkeypatch: p
 def test_the_first_error_of_a_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert first_error(log) == ""
-    log.write_text("[I] begun\n[E] In node 3: the reason\n[E] CUDA noise\n")
+    log.write_text("[I] begun\n\x1b[38;5;9m[E] In node 3: the reason\x1b[0m\n[E] CUDA noise\n")
     assert first_error(log) == "[E] In node 3: the reason"
 
 
