@@ -23,8 +23,9 @@ types: $(VENV)/ready
 imports: $(VENV)/ready
 	$(BIN)/lint-imports
 
+# A file's tests stay together: they share what is costly to make.
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope
 
 # Needs a CUDA device; the first failure names what is missing.
 test-gpu: $(VENV)/ready
