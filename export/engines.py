@@ -42,7 +42,7 @@ from uc3d_rt.engines import (
     save_engine_set,
     this_machine,
 )
-from uc3d_rt.errors import BackendError, BundleError, OutputError, Uc3dError, UsageError
+from uc3d_rt.errors import BackendError, OutputError, Uc3dError, UsageError
 
 RECIPE = 1
 """Counts changes of how engines are made; raise it when old ones should be built again."""
@@ -380,6 +380,3 @@ def _ending(code: int | None) -> str:
         name = signal.Signals(-code).name
         return f"{name}; memory may have run out: use fewer --jobs" if name == "SIGKILL" else name
     return f"exit code {code}"
-
-
-__all__ = ["BuildOptions", "Built", "BundleError", "Job", "Plan", "build", "chosen_backend", "plan_build"]
