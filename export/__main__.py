@@ -146,7 +146,7 @@ def build_engines(
         names = tuple(name.strip() for name in targets.split(",") if name.strip())
         options = BuildOptions(bundle, backend, names, weights, timing_cache, jobs)
         plan = plan_build(options)
-        made_for = ", ".join(plan.options.targets) or "every GPU that it knows"
+        made_for = ", ".join(plan.engines.targets) or "every GPU that it knows"
         click.echo(f"{plan.options.backend} {plan.engines.version} ({plan.reason}), for {made_for}")
         click.echo(f"-> {plan.folder}")
         if dry_run:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from export.example_inputs import example_inputs
-from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, known_targets
+from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, known_targets, library
 from export.typed_graph import WEIGHTS, relative_error, typed_graph
 from uc3d_rt.contract import (
     Manifest,
@@ -124,9 +124,7 @@ def plan_build(options: BuildOptions) -> Plan:
     known = known_targets(backend)
     targets = tuple(sorted(set(options.targets), key=known.index))
     options = replace(options, backend=backend, targets=targets)
-    release = installed_version(backend)
-    if release is None:
-        raise BackendError(f"{backend} is not installed; {LIBRARIES[backend].mend}")
+    release = str(library(backend).__version__)
     if not targets and not known:
         machine = this_machine()
         if machine is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from uc3d_rt.contract import load_manifest, network_specs, verified_network_path
 from uc3d_rt.doctor import engine_lines, machine_lines
+from uc3d_rt.engines import this_machine
 
 
 def describe(bundle: Path) -> Iterator[str]:
@@ -27,5 +28,6 @@ def describe(bundle: Path) -> Iterator[str]:
         verified_network_path(bundle, manifest, name)
         given = ", ".join(f"{t.name} {'x'.join(map(str, t.shape))}" for t in spec.inputs)
         yield f"  {name:17s} {entry.bytes / 2**20:7.2f} MiB  {entry.sha256[:12]}  {given}"
-    yield from machine_lines()
-    yield from engine_lines(bundle, manifest)
+    machine = this_machine()
+    yield from machine_lines(machine)
+    yield from engine_lines(bundle, manifest, machine)

@@ -83,7 +83,7 @@ def build_engine(
     profiles: Sequence[Profile] = (),
     timing_cache: Path | None = None,
 ) -> bytes:
-    """Build one engine from a strongly typed ONNX model; the first error is printed to stderr.
+    """Build one engine from a strongly typed ONNX model; what the library says goes to the standard streams.
 
     Args:
         model: serialised ONNX, fp32 where it says so and nowhere else.

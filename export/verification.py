@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from export.engines import engine_batches
 from export.example_inputs import example_inputs
-from export.typed_graph import typed_graph, with_rounding
+from export.typed_graph import rounded_session, typed_graph
 from uc3d_rt.backends.base import Backend, Network, check_inputs
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeNetwork
 from uc3d_rt.contract import (
@@ -159,20 +159,11 @@ class TypedBackend:
 
     def open(self, bundle: Path, manifest: Manifest, name: str) -> Network:
         """Make and load one network's graph; raises as `Backend.open`."""
-        import onnxruntime
-
         path = verified_network_path(bundle, manifest, name)
         try:
-            model = with_rounding(typed_graph(path, {}))
+            session = rounded_session(typed_graph(path, {}))
         except ValueError as error:
             raise BundleError(str(error)) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # Optimisations would take the rounding for a cast to and fro, and remove it.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
         return OnnxRuntimeNetwork(session, network_specs(manifest.shape)[name], manifest.shape.views)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from uc3d_rt.contract import Manifest, load_manifest, verified_network_path
 from uc3d_rt.engines import (
     LIBRARY_MODULES,
+    Machine,
     built_folders,
     installed_version,
     load_engine_set,
@@ -45,7 +46,8 @@ def diagnose(bundle: Path) -> tuple[list[str], list[str]]:
         lines.append(
             f"  module {onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}"
         )
-    lines += machine_lines()
+    machine = this_machine()
+    lines += machine_lines(machine)
     try:
         manifest = load_manifest(bundle)
         for name in manifest.networks:
@@ -54,14 +56,13 @@ def diagnose(bundle: Path) -> tuple[list[str], list[str]]:
         wrong.append(str(error))
     else:
         lines.append(f"bundle {bundle}: profile {manifest.profile}, all files as they were written")
-        lines += engine_lines(bundle, manifest)
+        lines += engine_lines(bundle, manifest, machine)
     lines.append("networks run through ONNX Runtime, on the CPU unless --device says otherwise")
     return lines, wrong
 
 
-def machine_lines() -> Iterator[str]:
+def machine_lines(machine: Machine | None) -> Iterator[str]:
     """The GPU, and the libraries that build or open engines."""
-    machine = this_machine()
     if machine is None:
         yield "GPU: none (nvidia-smi names none)"
     else:
@@ -70,9 +71,9 @@ def machine_lines() -> Iterator[str]:
         yield f"  {backend} {installed_version(backend) or 'not installed'}"
 
 
-def engine_lines(bundle: Path, manifest: Manifest) -> Iterator[str]:
-    """Engines of a bundle, and whether they fit this machine."""
-    folders, machine = built_folders(bundle), this_machine()
+def engine_lines(bundle: Path, manifest: Manifest, machine: Machine | None) -> Iterator[str]:
+    """Engines of a bundle, and whether they fit the machine."""
+    folders = built_folders(bundle)
     if not folders:
         yield "engines: none; make them with: python -m export build-engines"
     for folder in folders:
