@@ -209,6 +209,7 @@ EDGE = Preset(
         layers_per_block=1,
         head_dim=32,
         token_dim=320,
+        norm_groups=16,  # 6, 12 and 22 channels a group: fused kernels read channels in pairs
     ),
     encoder=EncoderSpec(image_px=256, stem_channels=(32, 64, 160, 320), token_dim=320, layers=3),
     vae=VaeSpec(
