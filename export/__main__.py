@@ -107,7 +107,8 @@ def onnx(
 @cli.command("build-engines")
 @bundle_option
 @click.option(
-    "--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True,
+    "--backend", type=click.Choice(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]), default="auto",
+    show_default=True,
     help="auto: TensorRT if it is installed and a GPU is here, else TensorRT-RTX, which needs none.",
 )  # fmt: skip
 @click.option(

@@ -22,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from export.example_inputs import example_inputs
+from export.onnxruntime_builder import build_part
+from export.step_graph import PLAN_ROWS
 from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, known_targets, library
 from export.typed_graph import WEIGHTS, relative_error, typed_graph
 from uc3d_rt.contract import (
+    NETWORK_NAMES,
     Manifest,
     ModelShape,
     load_manifest,
@@ -39,6 +42,7 @@ from uc3d_rt.engines import (
     EngineSet,
     installed_version,
     load_engine_set,
+    parts_of,
     save_engine_set,
     this_machine,
 )
@@ -125,7 +129,7 @@ def plan_build(options: BuildOptions) -> Plan:
     targets = tuple(sorted(set(options.targets), key=known.index))
     options = replace(options, backend=backend, targets=targets)
     release = str(library(backend).__version__)
-    if not targets and not known:
+    if not targets and not known and backend != "onnxruntime":
         machine = this_machine()
         if machine is None:
             raise BackendError(
@@ -139,14 +143,17 @@ def plan_build(options: BuildOptions) -> Plan:
     if (folder / ENGINES_NAME).is_file():
         now = load_engine_set(folder)
     jobs = []
-    for name, batches in engine_batches(manifest.shape).items():
-        source = verified_network_path(options.bundle, manifest, name)
-        entry = manifest.networks[name]
-        key = _key(entry.sha256, batches, options, release)
-        target = folder / f"{name}{LIBRARIES[backend].suffix}"
-        old = now.engines.get(name)
+    for part, batches in engine_batches(manifest.shape, backend).items():
+        network = next(name for name in manifest.networks if part in parts_of(backend, name))
+        source = verified_network_path(options.bundle, manifest, network)
+        entry = manifest.networks[network]
+        # A step with guidance holds its rescaling.
+        rescale = manifest.sampling.guidance_rescale if part == "unet_step_2" else 0.0
+        key = _key(entry.sha256, batches, options, release, rescale)
+        target = folder / f"{part}{LIBRARIES[backend].suffix}"
+        old = now.engines.get(part)
         done = old is not None and old.key == key and target.is_file() and sha256_of(target) == old.sha256
-        jobs.append(Job(name, source, entry.sha256, batches, key, target, done))
+        jobs.append(Job(part, source, entry.sha256, batches, key, target, done))
     return Plan(options, reason, manifest, folder, now, tuple(jobs))
 
 
@@ -163,12 +170,15 @@ def chosen_backend(asked: str) -> tuple[str, str]:
     raise BackendError(f"no library that builds engines is installed; {LIBRARIES['tensorrt-rtx'].mend}")
 
 
-def engine_batches(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Objects a call that every network is built for: shapes are fixed, so that CUDA graphs can be.
+def engine_batches(shape: ModelShape, backend: str = "tensorrt") -> dict[str, tuple[int, ...]]:
+    """How many of what it takes a call every engine is built for: fixed, so that CUDA graphs can be.
 
     The UNet is called for one object without guidance and, as two, with it; the decoder makes all
     colour and normal images of an object at once.
     """
+    if backend == "onnxruntime":
+        parts = {"unet_time": (PLAN_ROWS,), "unet_context": (1, 2), "unet_step_1": (1,), "unet_step_2": (2,)}
+        return {name: (1,) for name in NETWORK_NAMES if name != "unet"} | {"vae_decoder": (2 * shape.views,)} | parts
     return {
         "image_encoder": (1,),
         "vae_encoder": (1,),
@@ -289,6 +299,10 @@ def _work(
 
 def _built(job: Job, options: BuildOptions, manifest: Manifest, target: Path) -> Built:
     started, shape = time.perf_counter(), manifest.shape
+    if options.backend == "onnxruntime":
+        engine, error = build_part(job.name, job.source, manifest, max(job.batches))
+        _check_error(error)
+        return _written(engine, target, error, started, time.perf_counter())
     sizes, profiles = {}, []
     spec = network_specs(shape)[job.name]
     all_sizes = [{"batch": batch, "samples": batch * shape.views} for batch in job.batches]
@@ -304,16 +318,24 @@ def _built(job: Job, options: BuildOptions, manifest: Manifest, target: Path) ->
     steps = manifest.schedule.train_steps
     inputs = example_inputs(shape, job.name, min(job.batches), seed=1, train_steps=steps)
     error = relative_error(job.source, model, [inputs])
-    if not error <= ERROR_LIMIT:
-        raise BackendError(
-            f"its fp16 graph differs from the bundle's network by {error:.1e} (limit {ERROR_LIMIT:g}); "
-            "the weights do not suit fp16"
-        )
+    _check_error(error)
     prepared = time.perf_counter()
     engine = build_engine(
         model.SerializeToString(deterministic=True), backend=options.backend, targets=options.targets,
         profiles=profiles, timing_cache=options.timing_cache,
     )  # fmt: skip
+    return _written(engine, target, error, started, prepared)
+
+
+def _check_error(error: float) -> None:
+    if not error <= ERROR_LIMIT:
+        raise BackendError(
+            f"its fp16 graph differs from the bundle's network by {error:.1e} (limit {ERROR_LIMIT:g}); "
+            "the weights do not suit fp16"
+        )
+
+
+def _written(engine: bytes, target: Path, error: float, started: float, prepared: float) -> Built:
     with target.open("wb") as stream:
         stream.write(engine)
         stream.flush()
@@ -333,15 +355,21 @@ def first_error(log: Path) -> str:
     return next((line[:300] for line in plain if line.startswith("[E]")), "")
 
 
-def _key(source_sha256: str, batches: Sequence[int], options: BuildOptions, release: str) -> str:
+def _key(
+    source_sha256: str, batches: Sequence[int], options: BuildOptions, release: str, rescale: float
+) -> str:
     """SHA-256 of all that decides the bytes of an engine."""
+    import onnxruntime
+
+    polygraphy = [] if options.backend == "onnxruntime" else [version("polygraphy")]
     what = {
         "source": source_sha256,
         "batches": list(batches),
         "weights": options.weights,
         "backend": [options.backend, release],
         "targets": list(options.targets),
-        "tools": [version(name) for name in ("onnx", "onnxruntime", "polygraphy")],
+        "tools": [version("onnx"), onnxruntime.__version__, *polygraphy],
+        "rescale": rescale,
         "recipe": RECIPE,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

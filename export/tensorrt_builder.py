@@ -26,6 +26,7 @@ class Library:
 
 
 LIBRARIES = {
+    "onnxruntime": Library(".onnx", "pip install onnxruntime"),
     "tensorrt": Library(".plan", "pip install tensorrt (NVIDIA's own package index)"),
     "tensorrt-rtx": Library(".rtx", "pip install 'uc3d-rt[engines]'"),
 }
@@ -51,6 +52,8 @@ def known_targets(backend: str) -> tuple[str, ...]:
 
     Empty where the library builds for the GPU it runs on alone.
     """
+    if backend == "onnxruntime":
+        return ()  # a fused graph runs on every GPU that the provider knows
     kinds = getattr(library(backend), "ComputeCapability", None)
     names = [] if kinds is None else [name for name in kinds.__members__ if name.startswith("SM")]
     return tuple("sm_" + name[2:] for name in sorted(names, key=lambda name: int(name[2:])))
@@ -64,6 +67,8 @@ def check_targets(backend: str, targets: Sequence[str]) -> None:
     """
     if not targets:
         return
+    if backend == "onnxruntime":
+        raise UsageError("graphs for onnxruntime run on every GPU that it knows; leave --target out")
     known = known_targets(backend)
     unknown = [target for target in targets if target not in known]
     if unknown and known:

@@ -52,7 +52,6 @@ def typed_graph(source: Path, sizes: Mapping[str, int], weights: str = "fp16") -
         ValueError: ONNX Runtime or the checker refuses the graph, or a scale is too small for fp16.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
-    from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = folded(source, sizes, keep_int8=weights == "int8")
     for opset in model.opset_import:
@@ -65,12 +64,9 @@ def typed_graph(source: Path, sizes: Mapping[str, int], weights: str = "fp16") -
     model.ir_version = max(model.ir_version, IR_VERSION)
     _check_scales(model, source)
     model = convert_float_to_float16(
-        model, keep_io_types=True, op_block_list=list(FP32_OPS), node_block_list=_sine_embeddings(model)
+        model, keep_io_types=True, op_block_list=list(FP32_OPS), node_block_list=sine_embeddings(model)
     )
-    _drop_repeated_casts(model)
-    sorted_model = OnnxModel(model)
-    sorted_model.topological_sort(is_deterministic=True)  # the converter appends its casts at the end
-    model = sorted_model.model
+    model = tidied(model)
     try:
         onnx.checker.check_model(model, full_check=True)
     except onnx.checker.ValidationError as error:
@@ -169,6 +165,9 @@ def with_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
                 node.output[position] = exact
                 nodes.append(helper.make_node("Cast", [exact], [half], to=TensorProto.FLOAT16))
                 nodes.append(helper.make_node("Cast", [half], [name], to=TensorProto.FLOAT))
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
     return model
@@ -180,7 +179,7 @@ def _widen(tensor: onnx.TensorProto) -> None:
         tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
 
 
-def _sine_embeddings(model: onnx.ModelProto) -> list[str]:
+def sine_embeddings(model: onnx.ModelProto) -> list[str]:
     """Names of sines, cosines and all that leads to them: t times a frequency needs more than 11 bits."""
     maker: dict[str, Any] = {name: node for node in model.graph.node for name in node.output}
     found: set[str] = set()
@@ -193,8 +192,14 @@ def _sine_embeddings(model: onnx.ModelProto) -> list[str]:
     return sorted(found)
 
 
-def _drop_repeated_casts(model: onnx.ModelProto) -> None:
-    """The converter casts an input back once for every fp32 reader, each time to the same name."""
+def tidied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What the converter left, in order, each cast once, and no value rounded on its way to fp32.
+
+    It appends its casts at the end, and casts an input to fp16 and back for every fp32 reader, each
+    time to the same name.
+    """
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
     seen: set[bytes] = set()
     nodes = []
     for node in model.graph.node:
@@ -206,6 +211,32 @@ def _drop_repeated_casts(model: onnx.ModelProto) -> None:
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    _reach_past_rounding(model)
+    ordered = OnnxModel(model)
+    ordered.topological_sort(is_deterministic=True)
+    return ordered.model
+
+
+def _reach_past_rounding(model: onnx.ModelProto) -> None:
+    """Readers of an fp32 input that was cast to fp16 and back read the input itself."""
+    given = {value.name for value in model.graph.input}
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    halved = {node.output[0]: node.input[0] for node in casts if node.input[0] in given}
+    whole = {
+        node.output[0]: halved[node.input[0]]
+        for node in casts
+        if node.input[0] in halved and node.attribute[0].i == TensorProto.FLOAT
+    }
+    kept = []
+    for node in model.graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = whole.get(name, name)
+        if not (node.output and node.output[0] in whole):
+            kept.append(node)
+    read = {name for node in kept for name in node.input} | {value.name for value in model.graph.output}
+    kept = [node for node in kept if node.op_type != "Cast" or node.output[0] in read]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 def _check_scales(model: onnx.ModelProto, source: Path) -> None:

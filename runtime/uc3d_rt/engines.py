@@ -18,16 +18,25 @@ from uc3d_rt.errors import BundleError
 
 BUILT_NAME = "built"
 ENGINES_NAME = "engines.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REBUILD = "run: python -m export build-engines"
 
-LIBRARY_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+LIBRARY_MODULES = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Modules of the libraries that build and open engines, by backend."""
+
+UNET_PARTS = ("unet_time", "unet_context", "unet_step_1", "unet_step_2")
+"""The UNet as whole steps: what depends on time alone, on the picture alone, and a step without and
+with guidance."""
+
+
+def parts_of(backend: str, network: str) -> tuple[str, ...]:
+    """Names of the engines that a network of the bundle becomes."""
+    return UNET_PARTS if backend == "onnxruntime" and network == "unet" else (network,)
 
 
 @dataclass(frozen=True)
 class EngineFile:
-    """One network's engine."""
+    """One engine: a network of the bundle, or a part of one."""
 
     file: str
     sha256: str
@@ -46,7 +55,7 @@ class EngineFile:
 class EngineSet:
     """`engines.json`: the engines of one folder."""
 
-    backend: str  # "tensorrt-rtx" or "tensorrt"
+    backend: str  # of `LIBRARY_MODULES`
     version: str  # of the library that built them; no other opens them
     targets: tuple[str, ...]  # "sm_86" and the like; empty = every GPU that this version knows
     precision: str
@@ -99,6 +108,21 @@ def load_engine_set(folder: Path) -> EngineSet:
         raise BundleError(f"{path} is damaged ({error}); delete the folder and {REBUILD}") from error
 
 
+def verified_engine_path(engines: EngineSet, folder: Path, part: str) -> Path:
+    """Path of an engine after checking that it is the one that was built.
+
+    Raises:
+        BundleError: it was not built, is missing, or was altered.
+    """
+    entry = engines.engines.get(part)
+    if entry is None:
+        raise BundleError(f"{folder} holds no {part}; {REBUILD}")
+    path = folder / entry.file
+    if not path.is_file() or sha256_of(path) != entry.sha256:
+        raise BundleError(f"{path} is missing or was altered; delete the folder and {REBUILD}")
+    return path
+
+
 def built_folders(bundle: Path) -> list[Path]:
     """Folders with engines of a bundle, sorted by name."""
     return sorted(path.parent for path in (bundle / BUILT_NAME).glob(f"*/{ENGINES_NAME}"))
@@ -138,16 +162,17 @@ def misfits(
         installed: version of the library that opens them, None if it is not installed.
     """
     reasons = []
-    for name, entry in manifest.networks.items():
-        built = engines.engines.get(name)
-        if built is None:
-            reasons.append(f"{name} was not built")
-        elif built.source_sha256 != entry.sha256:
-            reasons.append(f"{name} was built from another {entry.file} than the bundle's")
-        elif not (folder / built.file).is_file():
-            reasons.append(f"{built.file} is missing")
-        elif sha256_of(folder / built.file) != built.sha256:
-            reasons.append(f"{built.file} was altered or damaged")
+    for network, entry in manifest.networks.items():
+        for part in parts_of(engines.backend, network):
+            built = engines.engines.get(part)
+            if built is None:
+                reasons.append(f"{part} was not built")
+            elif built.source_sha256 != entry.sha256:
+                reasons.append(f"{part} was built from another {entry.file} than the bundle's")
+            elif not (folder / built.file).is_file():
+                reasons.append(f"{built.file} is missing")
+            elif sha256_of(folder / built.file) != built.sha256:
+                reasons.append(f"{built.file} was altered or damaged")
     if installed is None:
         reasons.append(f"{engines.backend} is not installed")
     elif installed != engines.version:

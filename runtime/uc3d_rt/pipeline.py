@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.backends.base import Backend, Network, backend_for
+from uc3d_rt.backends.base import Backend, Network, Resource, Sampler, backend_for
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
 from uc3d_rt.errors import BundleError, UsageError
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
-from uc3d_rt.sampler import ddim
+from uc3d_rt.sampler import ddim_steps
 from uc3d_rt.views import decode_normals
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
 """Told `(stage, done, total)`; stages are those of `STAGES`, in order."""
+
+Held = TypeVar("Held", bound=Resource)
 
 STAGES: tuple[str, ...] = ("preprocess", "encode", "diffuse", "decode", "fit", "mesh")
 
@@ -72,7 +74,7 @@ class Pipeline:
         self.bundle = bundle
         self.manifest = manifest
         self._backend = backend
-        self._held: dict[str, Network] | None = None
+        self._held: dict[str, Resource] | None = None
 
     @classmethod
     def from_bundle(
@@ -209,8 +211,8 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         """Free the networks."""
         held, self._held = self._held or {}, None
-        for network in held.values():
-            network.close()
+        for resource in held.values():
+            resource.close()
 
     def _encode(self, given: Conditioning) -> tuple[FloatArray, FloatArray]:
         """Image tokens (1, tokens, dim) and E(y) (1, c, h, w)."""
@@ -231,34 +233,25 @@ class Pipeline:
     ) -> FloatArray:
         """z_0 (6, 2c, h, w): colour and normal latents of the six views."""
         shape = self.manifest.shape
-        # The unconditional half sees no picture: tokens and E(y) zeroed together.
-        both_tokens = np.concatenate([tokens, np.zeros_like(tokens)])
-        both_latents = np.concatenate([image_latent, np.zeros_like(image_latent)])
         z_T = np.random.default_rng(seed).standard_normal(
             (shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px), dtype=np.float32
         )
-        with self._network("unet") as network:
-
-            def denoise(z_t: FloatArray, t: float, guided: bool) -> tuple[FloatArray, FloatArray | None]:
-                batch = 2 if guided else 1
-                prediction = network(
-                    sample=np.concatenate([z_t] * batch),
-                    timestep=np.full(batch, t, np.float32),
-                    tokens=both_tokens[:batch],
-                    image_latent=both_latents[:batch],
-                    focal=np.full(batch, focal, np.float32),
-                )["prediction"]
-                return prediction[: shape.views], prediction[shape.views :] if guided else None
-
-            return ddim(
-                denoise,
+        plan = ddim_steps(
+            self.manifest.schedule,
+            sampling.steps,
+            guidance=sampling.guidance,
+            guidance_interval=sampling.guidance_interval,
+            first_step_to=sampling.first_step_to,
+        )
+        with self._sampler() as sampler:
+            return sampler(
+                tokens,
+                image_latent,
+                focal,
                 z_T * np.float32(sampling.noise_scale),
-                self.manifest.schedule,
-                steps=sampling.steps,
+                plan,
                 guidance=sampling.guidance,
-                guidance_interval=sampling.guidance_interval,
                 guidance_rescale=sampling.guidance_rescale,
-                first_step_to=sampling.first_step_to,
                 on_step=on_step,
             )
 
@@ -268,9 +261,10 @@ class Pipeline:
         latents = np.concatenate([z_0[:, :c], z_0[:, c:]])
         images = []
         with self._network("vae_decoder") as network:
-            for start in range(0, len(latents), _DECODE_CHUNK):
-                images.append(network(latent=latents[start : start + _DECODE_CHUNK])["image"])
-                on_image(min(start + _DECODE_CHUNK, len(latents)), len(latents))
+            chunk = network.batch or _DECODE_CHUNK
+            for start in range(0, len(latents), chunk):
+                images.append(network(latent=latents[start : start + chunk])["image"])
+                on_image(min(start + chunk, len(latents)), len(latents))
         decoded = np.clip(np.concatenate(images), 0.0, 1.0).transpose(0, 2, 3, 1)
         normal, silhouette = decode_normals(decoded[len(z_0) :])
         color = np.where(silhouette[..., None], decoded[: len(z_0)], np.float32(1.0))
@@ -278,13 +272,23 @@ class Pipeline:
 
     @contextmanager
     def _network(self, name: str) -> Iterator[Network]:
-        if self._held is not None:
-            if name not in self._held:
-                self._held[name] = self._backend.open(self.bundle, self.manifest, name)
-            yield self._held[name]
+        with self._resource(name, lambda: self._backend.open(self.bundle, self.manifest, name)) as network:
+            yield network
+
+    @contextmanager
+    def _sampler(self) -> Iterator[Sampler]:
+        with self._resource("sampler", lambda: self._backend.open_sampler(self.bundle, self.manifest)) as sampler:
+            yield sampler
+
+    @contextmanager
+    def _resource(self, name: str, opened: Callable[[], Held]) -> Iterator[Held]:
+        if self._held is None:
+            with opened() as resource:
+                yield resource
         else:
-            with self._backend.open(self.bundle, self.manifest, name) as network:
-                yield network
+            if name not in self._held:
+                self._held[name] = opened()
+            yield cast(Held, self._held[name])
 
     def _check_sampling(self, sampling: SamplingDefaults, seed: int) -> None:
         most = self.manifest.schedule.train_steps

@@ -7,7 +7,7 @@ prediction, so a step is two numbers, known before the network is first called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,6 +152,18 @@ def ddim(
     plan = ddim_steps(
         schedule, steps, guidance=guidance, guidance_interval=guidance_interval, first_step_to=first_step_to
     )
+    return run_steps(denoise, z_T, plan, guidance, guidance_rescale, on_step)
+
+
+def run_steps(
+    denoise: Denoiser,
+    z_T: FloatArray,
+    plan: Sequence[Step],
+    guidance: float,
+    guidance_rescale: float = 0.0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> FloatArray:
+    """All steps of a plan, from `z_T` to `z_0`; arguments as `ddim`."""
     z_t = z_T
     for done, step in enumerate(plan, start=1):
         conditional, unconditional = denoise(z_t, float(step.t), step.guided)
@@ -161,5 +173,5 @@ def ddim(
             prediction = guided(conditional, unconditional, guidance, guidance_rescale)
         z_t = np.float32(step.keep) * z_t + np.float32(step.add) * prediction
         if on_step is not None:
-            on_step(done, steps)
+            on_step(done, len(plan))
     return z_t

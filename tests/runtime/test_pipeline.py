@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import SEMI_AXES, TINY_SHAPE, ellipsoid_views, object_rgba
+from uc3d_rt.backends.base import Backend, Network
 from uc3d_rt.contract import FOCAL_UNKNOWN, load_manifest
 from uc3d_rt.errors import FitError, UsageError
 from uc3d_rt.neus.fit import FitOptions
@@ -113,7 +114,7 @@ def test_views_with_no_object_do_not_fit(pipeline: Pipeline) -> None:
         pipeline.reconstruct(empty, fit_options=FAST)
 
 
-class RecordingBackend:
+class RecordingBackend(Backend):
     """Notes what is opened, run and closed; answers zeros of the right shapes."""
 
     def __init__(self) -> None:
@@ -125,7 +126,7 @@ class RecordingBackend:
         return RecordingNetwork(self, name)
 
 
-class RecordingNetwork:
+class RecordingNetwork(Network):
     def __init__(self, backend: RecordingBackend, name: str) -> None:
         self.backend, self.name = backend, name
 
@@ -143,12 +144,6 @@ class RecordingNetwork:
 
     def close(self) -> None:
         self.backend.log.append(f"close {self.name}")
-
-    def __enter__(self) -> RecordingNetwork:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -12,14 +12,39 @@ from numpy.typing import NDArray
 
 from uc3d_rt.contract import Manifest, NetworkSpec, TensorSpec
 from uc3d_rt.errors import UsageError
+from uc3d_rt.sampler import Step, run_steps
 
 FloatArray = NDArray[np.float32]
 
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 
 
-class Network(Protocol):
-    """One loaded network; owns its memory until closed, so use it with `with`."""
+class Resource(Protocol):
+    """Owns memory until closed, so use it with `with`."""
+
+    def close(self) -> None:
+        """Free the memory; nothing else works any more."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Give itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+class Network(Resource, Protocol):
+    """One loaded network."""
+
+    batch: int | None = None
+    """How many a call takes, where that is fixed: of what the first input holds."""
 
     def __call__(self, **inputs: FloatArray) -> dict[str, FloatArray]:
         """Run once.
@@ -36,22 +61,80 @@ class Network(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Free the memory; the network cannot be called any more."""
-        ...
 
-    def __enter__(self) -> Self:
-        """Give the network itself."""
-        ...
+class Sampler(Resource, Protocol):
+    """The UNet and all steps of one object, wherever they run."""
 
-    def __exit__(
+    def __call__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
+        tokens: FloatArray,
+        image_latent: FloatArray,
+        focal: float,
+        z_T: FloatArray,
+        plan: Sequence[Step],
+        *,
+        guidance: float,
+        guidance_rescale: float = 0.0,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> FloatArray:
+        """`z_0` (views, channels, h, w) of `z_T`.
+
+        Args:
+            tokens: of the picture (1, tokens, dim).
+            image_latent: E(y) (1, c, h, w).
+            focal: `f~`; 0 = orthographic, -1 = unknown.
+            z_T: start noise (views, channels, h, w).
+            plan: of `ddim_steps`.
+            guidance: scale that the plan was made for.
+            guidance_rescale: see `uc3d_rt.sampler.guided`.
+            on_step: told `(done, steps)` after each step.
+
+        Raises:
+            BackendError: the device failed, for example for want of memory.
+        """
         ...
+
+
+class NetworkSampler(Sampler):
+    """Steps on the host around a UNet that is called once a step."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def __call__(
+        self,
+        tokens: FloatArray,
+        image_latent: FloatArray,
+        focal: float,
+        z_T: FloatArray,
+        plan: Sequence[Step],
+        *,
+        guidance: float,
+        guidance_rescale: float = 0.0,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> FloatArray:
+        """Run all steps; see `Sampler`."""
+        views = len(z_T)
+        # The unconditional half sees no picture: tokens and E(y) zeroed together.
+        both_tokens = np.concatenate([tokens, np.zeros_like(tokens)])
+        both_latents = np.concatenate([image_latent, np.zeros_like(image_latent)])
+
+        def denoise(z_t: FloatArray, t: float, guided: bool) -> tuple[FloatArray, FloatArray | None]:
+            batch = 2 if guided else 1
+            prediction = self._network(
+                sample=np.concatenate([z_t] * batch),
+                timestep=np.full(batch, t, np.float32),
+                tokens=both_tokens[:batch],
+                image_latent=both_latents[:batch],
+                focal=np.full(batch, focal, np.float32),
+            )["prediction"]
+            return prediction[:views], prediction[views:] if guided else None
+
+        return run_steps(denoise, z_T, plan, guidance, guidance_rescale, on_step)
+
+    def close(self) -> None:
+        """Free the network."""
+        self._network.close()
 
 
 class Backend(Protocol):
@@ -65,6 +148,10 @@ class Backend(Protocol):
             BackendError: it cannot be loaded on the device.
         """
         ...
+
+    def open_sampler(self, bundle: Path, manifest: Manifest) -> Sampler:
+        """Verify and load what the steps need; raises as `open`."""
+        return NetworkSampler(self.open(bundle, manifest, "unet"))
 
 
 def backend_for(device: str, threads: int | None = None) -> Backend:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.backends.base import check_inputs
+from uc3d_rt.backends.base import Backend, Network, check_inputs
 from uc3d_rt.contract import Manifest, NetworkSpec, network_specs, verified_network_path
 from uc3d_rt.errors import BackendError, BundleError
 
@@ -19,7 +20,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """Opens bundle networks as ONNX Runtime sessions."""
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
@@ -30,15 +31,16 @@ class OnnxRuntimeBackend:
         """Verify and load one network; raises as `Backend.open`."""
         path = verified_network_path(bundle, manifest, name)
         spec = network_specs(manifest.shape)[name]
-        session = _session(path, self.device, self.threads)
+        session = open_session(path, self.device, self.threads)
         _check_session(session, spec, path)
         return OnnxRuntimeNetwork(session, spec, manifest.shape.views)
 
 
-class OnnxRuntimeNetwork:
+class OnnxRuntimeNetwork(Network):
     """A session and its contract."""
 
-    def __init__(self, session: Any, spec: NetworkSpec, views: int) -> None:
+    def __init__(self, session: Any, spec: NetworkSpec, views: int, batch: int | None = None) -> None:
+        self.batch = batch
         self._session = session
         self._spec = spec
         self._views = views
@@ -49,34 +51,45 @@ class OnnxRuntimeNetwork:
         if self._session is None:
             raise ValueError(f"{self._spec.name} is closed; open it again")
         check_inputs(self._spec, inputs, self._views)
-        try:
+        with explained(self._spec.name):
             values = self._session.run(self._outputs, inputs)
-        except _runtime_errors() as error:
-            raise BackendError(
-                f"{self._spec.name} failed in ONNX Runtime ({_one_line(error)}); "
-                "if memory ran out, close other programs or use a smaller bundle"
-            ) from error
         return dict(zip(self._outputs, values, strict=True))
 
     def close(self) -> None:
         """Free the session."""
         self._session = None
 
-    def __enter__(self) -> Self:
-        """Give the network itself."""
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """ONNX Runtime's errors while it runs a network as ours.
+
+    Raises:
+        BackendError: naming the network and what may help.
+    """
+    try:
+        yield
+    except _runtime_errors() as error:
+        raise BackendError(
+            f"{name} failed in ONNX Runtime ({_one_line(error)}); "
+            "if memory ran out, close other programs or use a smaller bundle"
+        ) from error
 
 
-def _session(path: Path, device: str, threads: int | None) -> Any:
+def open_session(
+    path: Path, device: str, threads: int | None = None, provider_options: dict[str, str] | None = None
+) -> Any:
+    """A session on a device, and on no other.
+
+    Args:
+        path: ONNX file.
+        device: one of `DEVICES`.
+        threads: CPU threads; None leaves the choice to ONNX Runtime.
+        provider_options: of the device's execution provider.
+
+    Raises:
+        BackendError: ONNX Runtime has no such provider, or it does not start, or refuses the file.
+    """
     import onnxruntime
 
     provider = _PROVIDERS[device]
@@ -95,7 +108,9 @@ def _session(path: Path, device: str, threads: int | None) -> Any:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        session = onnxruntime.InferenceSession(
+            path, options, providers=[(provider, provider_options or {})]
+        )
     except _runtime_errors() as error:
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path} ({_one_line(error)}); "

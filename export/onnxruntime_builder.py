@@ -1,0 +1,117 @@
+"""Engines for ONNX Runtime's CUDA provider: fused fp16 graphs, each held against the bundle's network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from export.example_inputs import example_inputs
+from export.fused_graph import fused_graph
+from export.plain_graph import plain_graph
+from export.step_graph import PLAN_ROWS, context_graph, step_graph, time_graph
+from export.typed_graph import relative_error, rounded_session
+from uc3d_rt.contract import Manifest
+from uc3d_rt.sampler import guided
+
+FloatArray = NDArray[np.float32]
+
+
+def build_part(part: str, source: Path, manifest: Manifest, batch: int) -> tuple[bytes, float]:
+    """One engine file and its relative error.
+
+    Args:
+        part: a network of the bundle, or one of `UNET_PARTS`.
+        source: the network's ONNX file.
+        manifest: of the bundle.
+        batch: how many the network takes a call.
+
+    Returns:
+        Serialised ONNX, and the largest relative 2-norm error of its outputs against the network in
+        fp32, every fp16 value rounded.
+
+    Raises:
+        ValueError: ONNX Runtime refuses the network.
+    """
+    shape = manifest.shape
+    if part == "unet_time":
+        model = time_graph(source, shape)
+        return _bytes(model), _rounding(model, _times(manifest))
+    if part == "unet_context":
+        model = context_graph(source, shape)
+        tokens = example_inputs(shape, "unet", 2, 1, manifest.schedule.train_steps)["tokens"]
+        return _bytes(model), _rounding(model, {"tokens": tokens})
+    if part.startswith("unet_step_"):
+        model = step_graph(source, shape, batch, manifest.sampling.guidance_rescale)
+        return _bytes(model), step_error(model, source, manifest, batch)
+    model = fused_graph(source, {"batch": batch, "samples": batch * shape.views})
+    inputs = example_inputs(shape, part, batch, 1, manifest.schedule.train_steps)
+    return _bytes(model), relative_error(source, plain_graph(model), [inputs])
+
+
+def step_error(model: onnx.ModelProto, source: Path, manifest: Manifest, batch: int) -> float:
+    """Relative error of a step against the bundle's UNet and the same sum in NumPy."""
+    shape = manifest.shape
+    times = _times(manifest)
+    inputs = example_inputs(shape, "unet", batch, 1, manifest.schedule.train_steps)
+    z = inputs["sample"][: shape.views]
+    row = 3
+    inputs |= {
+        "sample": np.concatenate([z] * batch),
+        "timestep": np.full(batch, times["timestep"][row]),
+        "focal": np.full(batch, times["focal"][row]),
+    }
+    keep, add, scale = 0.7, -0.8, 2.5
+    predictions = _session(source).run(None, inputs)[0].reshape(batch, *z.shape)
+    change = predictions[0]
+    if batch == 2:
+        change = guided(predictions[0], predictions[1], scale, manifest.sampling.guidance_rescale)
+    expected = keep * z + add * change
+    plan = np.zeros((PLAN_ROWS, 1 + batch), np.float32)
+    plan[row] = [keep, add] if batch == 1 else [keep, add * scale, add * (1.0 - scale)]
+    context = context_graph(source, shape)
+    names = [output.name for output in context.graph.output]
+    given = dict(zip(names, _session(context).run(names, {"tokens": inputs["tokens"]}), strict=True))
+    given["time_table"] = _session(time_graph(source, shape)).run(None, times)[0]
+    given |= {
+        "z": z, "step": np.array([row]), "plan": plan, "image_latent": inputs["image_latent"]
+    }  # fmt: skip
+    for value in model.graph.input:
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16:
+            given[value.name] = given[value.name].astype(np.float16).astype(np.float32)
+    found = rounded_session(plain_graph(model)).run(["z_next"], given)[0]
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def _times(manifest: Manifest) -> dict[str, FloatArray]:
+    timesteps = np.linspace(0, manifest.schedule.train_steps - 1, PLAN_ROWS).round().astype(np.float32)
+    return {"timestep": timesteps, "focal": np.full(PLAN_ROWS, 1.4, np.float32)}
+
+
+def _rounding(model: onnx.ModelProto, inputs: dict[str, FloatArray]) -> float:
+    """Relative error of fp16 outputs against what they were rounded from."""
+    exact = onnx.ModelProto()
+    exact.CopyFrom(model)
+    made = {name: node for node in exact.graph.node for name in node.output}
+    for output in exact.graph.output:
+        made[output.name].attribute[0].i = onnx.TensorProto.FLOAT
+        output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    pairs = zip(_session(model).run(None, inputs), _session(exact).run(None, inputs), strict=True)
+    return float(np.max([np.linalg.norm(found - true) / np.linalg.norm(true) for found, true in pairs]))
+
+
+def _session(model: onnx.ModelProto | Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    given = str(model) if isinstance(model, Path) else _bytes(model)
+    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+
+def _bytes(model: onnx.ModelProto) -> bytes:
+    return bytes(model.SerializeToString(deterministic=True))

@@ -1,0 +1,169 @@
+"""Fused graphs: they compute what the bundle's networks compute, with ONNX Runtime's own operators."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from export.engines import BuildOptions, build, engine_batches, plan_build
+from export.example_inputs import example_inputs
+from export.fused_graph import MICROSOFT, Fuser, fused_graph
+from export.onnxruntime_builder import build_part
+from export.plain_graph import plain_graph
+from export.typed_graph import folded, relative_error
+from train.presets import TOY
+from uc3d_rt.backends.base import NetworkSampler
+from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend
+from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
+from uc3d_rt.contract import NETWORK_NAMES, Manifest, load_manifest, sha256_of
+from uc3d_rt.engines import UNET_PARTS, EngineSet, load_engine_set, save_engine_set
+from uc3d_rt.errors import BackendError
+from uc3d_rt.sampler import ddim_steps
+
+
+def sizes(name: str, batch: int) -> dict[str, int]:
+    return {"batch": batch} | ({"samples": 6 * batch} if name == "unet" else {})
+
+
+def run(model: onnx.ModelProto | Path, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    given = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return onnxruntime.InferenceSession(given, options, ["CPUExecutionProvider"]).run(None, inputs)
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fusing_changes_nothing_in_fp32(bundle: Path, name: str, batch: int) -> None:
+    source = bundle / f"{name}.onnx"
+    fused = Fuser(folded(source, sizes(name, batch), keep_int8=False)).model()
+    inputs = example_inputs(TOY.shape, name, batch, seed=3)
+    for found, expected in zip(run(plain_graph(fused), inputs), run(source, inputs), strict=True):
+        assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_the_unet_is_fused_throughout(bundle: Path) -> None:
+    """What the CUDA provider has kernels for is left in no other form."""
+    model = fused_graph(bundle / "unet.onnx", sizes("unet", 2))
+    count = Counter(node.op_type for node in model.graph.node)
+    source = onnx.load(bundle / "unet.onnx").graph.node
+    blocks = sum("norm_row/LayerNormalization" in node.name for node in source)
+    assert count["MultiHeadAttention"] == 3 * blocks
+    assert count["SkipLayerNormalization"] == 3 * blocks and count["LayerNormalization"] == blocks
+    assert count["BiasGelu"] == blocks
+    assert count["NhwcConv"] == sum(node.op_type == "Conv" for node in source)
+    for kind in ("Conv", "InstanceNormalization", "Softmax", "Erf", "Expand"):
+        assert count[kind] == 0, kind
+    assert count["Transpose"] == 2  # to channels last at the start, back at the end
+    assert {node.domain for node in model.graph.node} == {"", MICROSOFT}
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_little_is_lost_in_fp16(bundle: Path, name: str) -> None:
+    source = bundle / f"{name}.onnx"
+    inputs = [example_inputs(TOY.shape, name, 1, seed=1)]
+    assert 1e-5 < relative_error(source, plain_graph(fused_graph(source, sizes(name, 1))), inputs) < 5e-3
+
+
+def test_odd_groups_are_computed_without_the_kernel(bundle: Path, tmp_path: Path) -> None:
+    """The kernel reads channels in pairs: groups of an odd number of them take another way."""
+    from export.onnx_bundle import export_network
+    from torch import nn
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.GroupNorm(4, 12)
+
+        def forward(self, image):  # type: ignore[no-untyped-def]
+            return nn.functional.silu(self.norm(self.conv(image)))[:, :4, ::4, ::4]
+
+    export_network(TOY, "vae_encoder", Normed(), tmp_path / "odd.onnx")
+    model = Fuser(folded(tmp_path / "odd.onnx", {"batch": 1}, keep_int8=False)).model()
+    assert not {"GroupNorm", "SkipGroupNorm"} & {node.op_type for node in model.graph.node}
+    inputs = example_inputs(TOY.shape, "vae_encoder", 1, seed=3)
+    (found,), (expected,) = run(plain_graph(model), inputs), run(tmp_path / "odd.onnx", inputs)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def engines(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EngineSet]:
+    """Engines for ONNX Runtime, their fused operators written with plain ones: a CPU runs them."""
+    copy = tmp_path_factory.mktemp("fused") / "toy"
+    copy.mkdir()
+    for path in bundle.iterdir():
+        (copy / path.name).symlink_to(path)
+    plan = plan_build(BuildOptions(copy, "onnxruntime"))
+    built = build(plan)
+    for path in plan.folder.glob("*.onnx"):
+        onnx.save(plain_graph(onnx.load(path)), path)
+    changed = {name: replace(e, sha256=sha256_of(plan.folder / e.file)) for name, e in built.engines.items()}
+    save_engine_set(replace(built, engines=changed), plan.folder)
+    return plan.folder, load_engine_set(plan.folder)
+
+
+def test_what_is_built_for_onnxruntime(engines: tuple[Path, EngineSet], bundle: Path) -> None:
+    folder, built = engines
+    assert set(built.engines) == {name for name in NETWORK_NAMES if name != "unet"} | set(UNET_PARTS)
+    assert (built.backend, built.version, built.targets) == ("onnxruntime", onnxruntime.__version__, ())
+    assert all(1e-5 < engine.relative_error < 5e-3 for engine in built.engines.values())
+    assert engine_batches(TOY.shape, "onnxruntime")["vae_decoder"] == (12,)
+
+
+def sampler_inputs(manifest: Manifest) -> dict[str, np.ndarray]:
+    rng, shape = np.random.default_rng(5), manifest.shape
+    latent = (shape.latent_px, shape.latent_px)
+    return {
+        "tokens": rng.standard_normal((1, shape.tokens, shape.token_dim), np.float32),
+        "image_latent": rng.standard_normal((1, shape.latent_channels, *latent), np.float32),
+        "z_T": rng.standard_normal((shape.views, 2 * shape.latent_channels, *latent), np.float32),
+    }
+
+
+@pytest.mark.parametrize("steps", [1, 9, 70])
+def test_steps_on_the_device_are_the_steps_of_the_host(
+    engines: tuple[Path, EngineSet], bundle: Path, steps: int
+) -> None:
+    """Guided and unguided steps, odd and even numbers, more than the device holds a plan for."""
+    folder, built = engines
+    manifest = load_manifest(bundle)
+    options = {"guidance": 2.0, "guidance_interval": (0.3, 0.8)}
+    plan = ddim_steps(manifest.schedule, steps, **options)
+    given = sampler_inputs(manifest)
+    backend, told = OnnxRuntimeEngines(folder, built, device="cpu"), []
+    host = NetworkSampler(OnnxRuntimeBackend("cpu").open(bundle, manifest, "unet"))
+    with backend.open_sampler(bundle, manifest) as sampler, host:
+        for focal in (0.0, 2.0):  # the second call meets what the first left
+            found = sampler(
+                **given, focal=focal, plan=plan, guidance=2.0, guidance_rescale=0.5,
+                on_step=lambda done, total: told.append((done, total)),
+            )  # fmt: skip
+            expected = host(**given, focal=focal, plan=plan, guidance=2.0, guidance_rescale=0.5)
+            assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
+        assert told == [(done, steps) for _ in range(2) for done in range(1, steps + 1)]
+        if any(step.guided for step in plan):
+            with pytest.raises(BackendError, match="hold a guidance rescaling of 0.5, not 0"):
+                sampler(**given, focal=0.0, plan=plan, guidance=2.0)
+
+
+def test_networks_of_engines(engines: tuple[Path, EngineSet], bundle: Path) -> None:
+    folder, built = engines
+    manifest = load_manifest(bundle)
+    backend, truth = OnnxRuntimeEngines(folder, built, device="cpu"), OnnxRuntimeBackend("cpu")
+    for name in NETWORK_NAMES:
+        batch = 2 if name == "unet" else engine_batches(TOY.shape, "onnxruntime")[name][0]
+        inputs = example_inputs(TOY.shape, name, batch, seed=2)
+        with backend.open(bundle, manifest, name) as network, truth.open(bundle, manifest, name) as expected:
+            found, wanted = network(**inputs), expected(**inputs)
+        for output, value in wanted.items():
+            assert np.linalg.norm(found[output] - value) < 5e-3 * np.linalg.norm(value), (name, output)
+
+
+def test_a_bundle_of_another_kind_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(ValueError, match="no multiview UNet"):
+        build_part("unet_step_1", tiny_bundle / "unet.onnx", load_manifest(tiny_bundle), 1)
