@@ -178,7 +178,11 @@ def engine_batches(shape: ModelShape, backend: str = "tensorrt") -> dict[str, tu
     """
     if backend == "onnxruntime":
         parts = {"unet_time": (PLAN_ROWS,), "unet_context": (1, 2), "unet_step_1": (1,), "unet_step_2": (2,)}
-        return {name: (1,) for name in NETWORK_NAMES if name != "unet"} | {"vae_decoder": (2 * shape.views,)} | parts
+        return (
+            {name: (1,) for name in NETWORK_NAMES if name != "unet"}
+            | {"vae_decoder": (2 * shape.views,)}
+            | parts
+        )
     return {
         "image_encoder": (1,),
         "vae_encoder": (1,),

@@ -5,14 +5,14 @@ The kernels sum in fp32 whatever they are given; so does what stands here in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
-from export.fused_graph import MICROSOFT, TO_NCHW, TO_NHWC
+from export.fused_graph import TO_NCHW, TO_NHWC
+from export.graph_writer import MICROSOFT, GraphWriter
 
 Attributes = dict[str, Any]
 
@@ -21,14 +21,13 @@ def plain_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a fused graph, fp32 or fp16, that any ONNX runtime runs."""
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
-    writer = _Writer({tensor.name: tensor for tensor in plain.graph.initializer})
+    writer = _Writer(plain)
     for node in plain.graph.node:
         if node.domain == MICROSOFT:
-            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-            writer.write(_WRITERS[node.op_type], node, attributes)
+            writer.write(node)
         else:
             writer.nodes.append(node)
-    del plain.graph.node[:], plain.graph.initializer[:]
+    del plain.graph.node[:]
     plain.graph.node.extend(writer.nodes)
     plain.graph.initializer.extend(writer.weights.values())
     kept = [opset for opset in plain.opset_import if opset.domain != MICROSOFT]
@@ -37,35 +36,22 @@ def plain_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     return plain
 
 
-class _Writer:
-    def __init__(self, weights: dict[str, onnx.TensorProto]) -> None:
-        self.weights = weights
-        self.nodes: list[onnx.NodeProto] = []
-        self.half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in weights.values())
-        self._named = 0
+class _Writer(GraphWriter):
+    def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__("plain_")
+        weights = model.graph.initializer
+        self._kind = TensorProto.FLOAT
+        if any(tensor.data_type == TensorProto.FLOAT16 for tensor in weights):
+            self._kind = TensorProto.FLOAT16
 
-    def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        return self.nodes_of(kind, 1, *inputs, **attributes)[0]
-
-    def nodes_of(self, kind: str, count: int, *inputs: str, **attributes: Any) -> list[str]:
-        outputs = [f"plain_{self._named}_{index}" for index in range(count)]
-        self._named += 1
-        self.nodes.append(helper.make_node(kind, inputs, outputs, f"plain {self._named}", **attributes))
-        return outputs
-
-    def constant(self, values: Any, kind: type = np.float32) -> str:
-        name = f"plain_c{len(self.weights)}"
-        self.weights[name] = numpy_helper.from_array(np.array(values, kind), name)
-        return name
-
-    def write(self, write: Callable[..., list[str]], node: onnx.NodeProto, attributes: Attributes) -> None:
+    def write(self, node: onnx.NodeProto) -> None:
         """The node's outputs, computed in fp32 from its inputs."""
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         inputs = [self.node("Cast", name, to=TensorProto.FLOAT) if name else "" for name in node.input]
-        made = write(self, attributes, *inputs)
+        made = _WRITERS[node.op_type](self, attributes, *inputs)
         for name, value in zip(node.output, made, strict=False):
             if name:
-                kind = TensorProto.FLOAT16 if self.half else TensorProto.FLOAT
-                self.nodes.append(helper.make_node("Cast", [value], [name], f"to {name}", to=kind))
+                self.node("Cast", value, output=name, to=self._kind)
 
 
 def _nhwc_conv(w: _Writer, attributes: Attributes, x: str, weight: str, *bias: str) -> list[str]:
@@ -76,8 +62,8 @@ def _nhwc_conv(w: _Writer, attributes: Attributes, x: str, weight: str, *bias: s
 def _group_norm(w: _Writer, attributes: Attributes, x: str, gamma: str, beta: str) -> list[str]:
     groups = attributes["groups"]
     image = w.node("Transpose", x, perm=TO_NCHW)
-    grouped = w.node("Reshape", image, w.constant([0, groups, -1], np.int64))
-    ones, zeros = w.constant([1.0] * groups), w.constant([0.0] * groups)
+    grouped = w.node("Reshape", image, w.sizes(0, groups, -1))
+    ones, zeros = w.constant(np.ones(groups, np.float32)), w.constant(np.zeros(groups, np.float32))
     normed = w.node("InstanceNormalization", grouped, ones, zeros, epsilon=attributes["epsilon"])
     back = w.node("Transpose", w.node("Reshape", normed, w.node("Shape", image)), perm=TO_NHWC)
     out = w.node("Add", w.node("Mul", back, gamma), beta)
@@ -89,8 +75,8 @@ def _skip_group_norm(
 ) -> list[str]:
     # The skip is (n, h, w, c), or (n, c) for all pixels alike: (n, ., c) fits both.
     rows, columns = w.node("Shape", skip, start=0, end=1), w.node("Shape", skip, start=-1)
-    spread = w.node("Reshape", skip, w.node("Concat", rows, w.constant([-1], np.int64), columns, axis=0))
-    flat = w.node("Reshape", x, w.node("Concat", rows, w.constant([-1], np.int64), columns, axis=0))
+    spread = w.node("Reshape", skip, w.node("Concat", rows, w.sizes(-1), columns, axis=0))
+    flat = w.node("Reshape", x, w.node("Concat", rows, w.sizes(-1), columns, axis=0))
     total = w.node("Reshape", w.node("Add", flat, spread), w.node("Shape", x))
     for entry in bias:
         total = w.node("Add", total, entry)
@@ -111,19 +97,21 @@ def _attention(w: _Writer, attributes: Attributes, q: str, k: str, v: str) -> li
     heads = attributes["num_heads"]
 
     def apart(value: str, perm: tuple[int, ...]) -> str:
-        return w.node("Transpose", w.node("Reshape", value, w.constant([0, 0, heads, -1], np.int64)), perm=perm)
+        return w.node("Transpose", w.node("Reshape", value, w.sizes(0, 0, heads, -1)), perm=perm)
 
     query, key, value = apart(q, (0, 2, 1, 3)), apart(k, (0, 2, 3, 1)), apart(v, (0, 2, 1, 3))
     width = w.node("Cast", w.node("Shape", query, start=3), to=TensorProto.FLOAT)
     scores = w.node("Div", w.node("MatMul", query, key), w.node("Sqrt", width))
     mixed = w.node("MatMul", w.node("Softmax", scores, axis=-1), value)
     together = w.node("Transpose", mixed, perm=(0, 2, 1, 3))
-    return [w.node("Reshape", together, w.constant([0, 0, -1], np.int64))]
+    return [w.node("Reshape", together, w.sizes(0, 0, -1))]
 
 
 def _gelu(w: _Writer, x: str) -> str:
-    erf = w.node("Erf", w.node("Mul", x, w.constant(0.5**0.5)))
-    return w.node("Mul", w.node("Mul", x, w.constant(0.5)), w.node("Add", erf, w.constant(1.0)))
+    erf = w.node("Erf", w.node("Mul", x, w.constant(0.5**0.5, np.float32)))
+    return w.node(
+        "Mul", w.node("Mul", x, w.constant(0.5, np.float32)), w.node("Add", erf, w.constant(1.0, np.float32))
+    )
 
 
 def _bias_gelu(w: _Writer, attributes: Attributes, x: str, bias: str) -> list[str]:
@@ -131,12 +119,14 @@ def _bias_gelu(w: _Writer, attributes: Attributes, x: str, bias: str) -> list[st
 
 
 def _bias_split_gelu(w: _Writer, attributes: Attributes, x: str, bias: str) -> list[str]:
-    hidden, gate = w.nodes_of("Split", 2, w.node("Add", x, bias), axis=-1, num_outputs=2)
+    hidden, gate = w.node_of("Split", 2, w.node("Add", x, bias), axis=-1, num_outputs=2)
     return [w.node("Mul", hidden, _gelu(w, gate))]
 
 
 def _quick_gelu(w: _Writer, attributes: Attributes, x: str) -> list[str]:
-    return [w.node("Mul", x, w.node("Sigmoid", w.node("Mul", x, w.constant(attributes["alpha"]))))]
+    return [
+        w.node("Mul", x, w.node("Sigmoid", w.node("Mul", x, w.constant(attributes["alpha"], np.float32))))
+    ]
 
 
 _WRITERS = {

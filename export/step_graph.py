@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from export.fused_graph import VIEWS_ONLY, Fuser, in_half
+from export.graph_writer import GraphWriter
 from export.typed_graph import folded
 from uc3d_rt.contract import ModelShape
-
 
 PLAN_ROWS = 64
 """Steps whose plan is on the device at once; sizes are fixed, so that a CUDA graph is captured once."""
@@ -72,7 +72,7 @@ def step_graph(source: Path, shape: ModelShape, batch: int, rescale: float = 0.0
 
 
 def _with_update(
-    model: onnx.ModelProto,
+    body: onnx.ModelProto,
     cuts: Cuts,
     sizes: dict[str, tuple[int, ...]],
     shape: ModelShape,
@@ -80,112 +80,79 @@ def _with_update(
     rescale: float,
 ) -> onnx.ModelProto:
     """The fp16 body of a step between what it is given and what it does to z, in fp32."""
-    graph, latent = model.graph, (shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px)
+    latent = (shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px)
     widths = [sizes[name][1] for name in cuts.time]
-    constants: list[onnx.TensorProto] = []
+    before, after = GraphWriter("before_"), GraphWriter("after_")
 
-    def constant(name: str, values: object, kind: type) -> str:
-        constants.append(numpy_helper.from_array(np.array(values, kind), name))
-        return name
+    row = before.node("Gather", "plan", "step", axis=0)
+    keep, weights = before.node_of("Split", 2, row, before.sizes(1, batch), axis=1)
+    time = before.node("Gather", "time_table", "step", axis=0)
+    time = before.node("Concat", *[before.reshape(time, -1, sum(widths))] * batch, axis=0)
+    times = [f"time_{index}" for index in range(len(widths))]
+    before.node_of("Split", times, time, before.sizes(*widths), axis=1)
+    half = before.node("Cast", "z", to=TensorProto.FLOAT16)
+    before.node("Concat", *[half] * batch, output="sample", axis=0)
 
-    before = [
-        helper.make_node("Gather", ["plan", "step"], ["row"], "plan row", axis=0),
-        helper.make_node(
-            "Split", ["row", constant("row_parts", [1, batch], np.int64)], ["keep", "weights"], "plan parts", axis=1
-        ),
-        helper.make_node("Gather", ["time_table", "step"], ["time_row"], "time row", axis=0),
-        helper.make_node(
-            "Reshape", ["time_row", constant("time_shape", [-1, sum(widths)], np.int64)], ["time_one"], "time one"
-        ),
-        helper.make_node("Concat", ["time_one"] * batch, ["time_all"], "time all", axis=0),
-        helper.make_node(
-            "Split", ["time_all", constant("time_widths", widths, np.int64)],
-            [f"time_{index}" for index in range(len(widths))], "time parts", axis=1,
-        ),
-        helper.make_node("Cast", ["z"], ["z_half"], "z half", to=TensorProto.FLOAT16),
-        helper.make_node("Concat", ["z_half"] * batch, ["sample"], "sample", axis=0),
-    ]  # fmt: skip
-    after = [
-        helper.make_node("Cast", ["prediction"], ["prediction_full"], "prediction full", to=TensorProto.FLOAT),
-        helper.make_node(
-            "Reshape", ["prediction_full", constant("flat", [batch, -1], np.int64)], ["predictions"], "predictions"
-        ),
-        helper.make_node("MatMul", ["weights", "predictions"], ["change"], "update change"),
-        helper.make_node("Reshape", ["change", constant("latents", latent, np.int64)], ["change_z"], "update shape"),
-        helper.make_node("Mul", ["z", "keep"], ["kept"], "update kept"),
-    ]
-    change = "change_z"
+    predictions = after.node("Cast", "prediction", to=TensorProto.FLOAT)
+    predictions = after.reshape(predictions, batch, -1)
+    change = after.reshape(after.node("MatMul", weights, predictions), shape.views, -1)
     if rescale > 0.0:
         # |add| std(conditional) / std(change), a view each; the weights sum to add.
-        constant("per_view", [batch, shape.views, -1], np.int64)
-        constant("each_view", [shape.views, -1], np.int64)
-        constant("inner", [1], np.int64)
-        constant("first", [0], np.int64)
-        ratio = [
-            ("Reshape", ["predictions", "per_view"], {}),
-            ("Gather", [0, "first"], {"axis": 0}),
-            ("Reshape", [1, "each_view"], {}),
-            ("ReduceMean", [2, "inner"], {}),
-            ("Sub", [2, 3], {}),
-            ("ReduceL2", [4, "inner"], {}),
-            ("ReduceSum", ["weights"], {}),
-            ("Abs", [6], {}),
-            ("Mul", [5, 7], {}),
-            ("Reshape", ["change", "each_view"], {}),
-            ("ReduceMean", [9, "inner"], {}),
-            ("Sub", [9, 10], {}),
-            ("ReduceL2", [11, "inner"], {}),
-            ("Max", [12, constant("smallest", 1e-8, np.float32)], {}),
-            ("Div", [8, 13], {}),
-            ("Mul", [14, constant("rescale", rescale, np.float32)], {}),
-            ("Add", [15, constant("unscaled", 1.0 - rescale, np.float32)], {}),
-            ("Mul", [9, 16], {}),
-            ("Reshape", [17, "latents"], {}),
-        ]  # fmt: skip
-        for index, (kind, inputs, attributes) in enumerate(ratio):
-            names_in = [f"ratio_{entry}" if isinstance(entry, int) else entry for entry in inputs]
-            after.append(helper.make_node(kind, names_in, [f"ratio_{index}"], f"ratio {index}", **attributes))
-        change = f"ratio_{len(ratio) - 1}"
-    after += [
-        helper.make_node("Add", ["kept", change], ["z_next"], "update"),
-        helper.make_node("Add", ["step", constant("one", [1], np.int64)], ["step_next"], "next step"),
-    ]
-    kept = [value for value in graph.input if value.name == "image_latent" or value.name.startswith("context_")]
+        conditional = after.node(
+            "Gather", after.reshape(predictions, batch, shape.views, -1), after.constant(0, np.int64), axis=0
+        )
+        add = after.node("Abs", after.node("ReduceSum", weights))
+        smallest = after.constant(1e-8, np.float32)
+        spread = after.node("Max", _spread(after, change), smallest)
+        ratio = after.node("Div", after.node("Mul", _spread(after, conditional), add), spread)
+        ratio = after.node("Mul", ratio, after.constant(rescale, np.float32))
+        ratio = after.node("Add", ratio, after.constant(1.0 - rescale, np.float32))
+        change = after.node("Mul", change, ratio)
+    kept = after.node("Mul", "z", keep)
+    after.node("Add", kept, after.reshape(change, *latent), output="z_next")
+    after.node("Add", "step", after.sizes(1), output="step_next")
+
+    given = {value.name: value for value in body.graph.input}
+    table = [PLAN_ROWS, shape.views + 1, sum(widths)]
     inputs = [
         helper.make_tensor_value_info("z", TensorProto.FLOAT, latent),
         helper.make_tensor_value_info("step", TensorProto.INT64, [1]),
         helper.make_tensor_value_info("plan", TensorProto.FLOAT, [PLAN_ROWS, 1 + batch]),
-        helper.make_tensor_value_info("time_table", TensorProto.FLOAT16, [PLAN_ROWS, shape.views + 1, sum(widths)]),
-        *kept,
+        helper.make_tensor_value_info("time_table", TensorProto.FLOAT16, table),
+        given["image_latent"],
+        *(given[f"context_{index}"] for index in range(len(cuts.context))),
     ]
     outputs = [
         helper.make_tensor_value_info("z_next", TensorProto.FLOAT, latent),
         helper.make_tensor_value_info("step_next", TensorProto.INT64, [1]),
     ]
-    whole = helper.make_graph(
-        [*before, *graph.node, *after], "unet_step", inputs, outputs, [*graph.initializer, *constants]
-    )
-    return helper.make_model(whole, opset_imports=model.opset_import, ir_version=model.ir_version)
+    weights_of_all = [*body.graph.initializer, *before.weights.values(), *after.weights.values()]
+    nodes = [*before.nodes, *body.graph.node, *after.nodes]
+    graph = helper.make_graph(nodes, "unet_step", inputs, outputs, weights_of_all)
+    return helper.make_model(graph, opset_imports=body.opset_import, ir_version=body.ir_version)
+
+
+def _spread(writer: GraphWriter, value: str) -> str:
+    """Root of the summed squares about each row's mean, (rows, 1)."""
+    inner = writer.sizes(1)
+    centred = writer.node("Sub", value, writer.node("ReduceMean", value, inner))
+    return writer.node("ReduceL2", centred, inner)
 
 
 def time_graph(source: Path, shape: ModelShape) -> onnx.ModelProto:
     """`(timestep, focal) -> time_table` for `PLAN_ROWS` steps; fp32 inside, fp16 out."""
     one = folded(source, _sizes(shape, 1), keep_int8=False)
     cuts, sizes = find_cuts(one), _value_sizes(one)
-    views, width = shape.views + 1, sum(sizes[name][1] for name in cuts.time)
-    part = _extracted(folded(source, _sizes(shape, PLAN_ROWS), keep_int8=False), ["timestep", "focal"], cuts.time)
-    table = numpy_helper.from_array(np.array([PLAN_ROWS, views, width], np.int64), "table_shape")
-    part.graph.initializer.append(table)
-    part.graph.node.extend(
-        [
-            helper.make_node("Concat", list(cuts.time), ["table_flat"], "table", axis=1),
-            helper.make_node("Reshape", ["table_flat", "table_shape"], ["table_full"], "table rows"),
-            helper.make_node("Cast", ["table_full"], ["time_table"], "table half", to=TensorProto.FLOAT16),
-        ]
-    )
+    many = folded(source, _sizes(shape, PLAN_ROWS), keep_int8=False)
+    part = _extracted(many, ["timestep", "focal"], cuts.time)
+    table = (PLAN_ROWS, shape.views + 1, sum(sizes[name][1] for name in cuts.time))
+    writer = GraphWriter("table_")
+    rows = writer.reshape(writer.node("Concat", *cuts.time, axis=1), *table)
+    writer.node("Cast", rows, output="time_table", to=TensorProto.FLOAT16)
+    part.graph.node.extend(writer.nodes)
+    part.graph.initializer.extend(writer.weights.values())
     del part.graph.output[:]
-    sizes_out = [PLAN_ROWS, views, width]
-    part.graph.output.append(helper.make_tensor_value_info("time_table", TensorProto.FLOAT16, sizes_out))
+    part.graph.output.append(helper.make_tensor_value_info("time_table", TensorProto.FLOAT16, table))
     return part
 
 
@@ -197,12 +164,12 @@ def context_graph(source: Path, shape: ModelShape) -> onnx.ModelProto:
     # Products alone: nothing in it knows how many objects there are.
     part.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
     del part.graph.output[:], part.graph.value_info[:]
+    writer = GraphWriter("context_of_")
     for index, name in enumerate(cuts.context):
-        given = f"context_{index}"
-        part.graph.node.append(helper.make_node("Cast", [name], [given], f"half {index}", to=TensorProto.FLOAT16))
-        part.graph.output.append(
-            helper.make_tensor_value_info(given, TensorProto.FLOAT16, ["batch", *sizes[name][1:]])
-        )
+        given = writer.node("Cast", name, output=f"context_{index}", to=TensorProto.FLOAT16)
+        sizes_out = ["batch", *sizes[name][1:]]
+        part.graph.output.append(helper.make_tensor_value_info(given, TensorProto.FLOAT16, sizes_out))
+    part.graph.node.extend(writer.nodes)
     return part
 
 
@@ -252,7 +219,5 @@ def _sizes(shape: ModelShape, batch: int) -> dict[str, int]:
 
 
 def _value_sizes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-    return {
-        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in graph.value_info
-    }
+    values = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph.value_info
+    return {value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in values}

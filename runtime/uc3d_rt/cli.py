@@ -59,6 +59,10 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--format", "file_format", type=click.Choice(FORMATS), help="Else taken from the file name.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Model bundle; else the one that ships.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--backend", default="auto", show_default=True,
+    help="auto: the fastest that fits the device; onnxruntime.",
+)  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads; all if left out.")
 @click.option("--quiet", is_flag=True, help="No progress and no timings; warnings and errors still show.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -78,6 +82,7 @@ def command(
     file_format: str | None,
     bundle: Path | None,
     device: str,
+    backend: str,
     threads: int | None,
     quiet: bool,
     debug: bool,
@@ -98,7 +103,9 @@ def command(
         mesh_options = MeshOptions(texture=texture)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    pipeline = Pipeline.from_bundle(bundle, device, threads)
+    pipeline = Pipeline.from_bundle(bundle, device, threads, backend)
+    if not quiet and device != "cpu":
+        click.echo(f"runs on {pipeline.runs_on}", err=True)
     if threads is not None:
         import numba
 

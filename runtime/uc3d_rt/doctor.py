@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from uc3d_rt.backends.base import DEVICES
+from uc3d_rt.backends.choice import choose
+from uc3d_rt.backends.onnxruntime import check_provider
 from uc3d_rt.contract import Manifest, load_manifest, verified_network_path
 from uc3d_rt.engines import (
     LIBRARY_MODULES,
@@ -18,7 +21,7 @@ from uc3d_rt.engines import (
     misfits,
     this_machine,
 )
-from uc3d_rt.errors import BundleError
+from uc3d_rt.errors import BackendError, BundleError
 
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 """Two distributions of one module: whichever was installed last has overwritten the other."""
@@ -35,7 +38,8 @@ def diagnose(bundle: Path) -> tuple[list[str], list[str]]:
     if len(packages) == 2:
         wrong.append(
             f"{' and '.join(packages)} are both installed and share one module; run: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime (or onnxruntime-gpu)"
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime "
+            "(with an NVIDIA GPU: 'onnxruntime-gpu[cuda,cudnn]')"
         )
     lines.append(", ".join(packages) or "no ONNX Runtime was installed by pip")
     try:
@@ -57,8 +61,20 @@ def diagnose(bundle: Path) -> tuple[list[str], list[str]]:
     else:
         lines.append(f"bundle {bundle}: profile {manifest.profile}, all files as they were written")
         lines += engine_lines(bundle, manifest, machine)
-    lines.append("networks run through ONNX Runtime, on the CPU unless --device says otherwise")
+        lines += device_lines(bundle, manifest)
     return lines, wrong
+
+
+def device_lines(bundle: Path, manifest: Manifest) -> Iterator[str]:
+    """What `--device` would run on."""
+    for device in DEVICES:
+        try:
+            check_provider(device)
+            choice = choose(bundle, manifest, device)
+        except (BackendError, ImportError) as error:
+            yield f"--device {device}: {error}"
+        else:
+            yield f"--device {device}: {choice.name} ({choice.reason})"
 
 
 def machine_lines(machine: Machine | None) -> Iterator[str]:

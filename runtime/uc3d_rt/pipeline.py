@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.backends.base import Backend, Network, Resource, Sampler, backend_for
+from uc3d_rt.backends.base import Backend, Network, Resource, Sampler
+from uc3d_rt.backends.choice import choose
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
 from uc3d_rt.errors import BundleError, UsageError
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
@@ -70,21 +72,32 @@ class Pipeline:
     which many pictures in a row want.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, runs_on: str = "") -> None:
         self.bundle = bundle
+        self.runs_on = runs_on  # which backend, and why it, in words
         self.manifest = manifest
         self._backend = backend
         self._held: dict[str, Resource] | None = None
 
     @classmethod
     def from_bundle(
-        cls, path: str | Path | None = None, device: str = "cpu", threads: int | None = None
+        cls,
+        path: str | Path | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        backend: str = "auto",
     ) -> Pipeline:
         """Open a bundle; None is the one that ships.
 
+        Args:
+            path: folder with `manifest.json`.
+            device: "cpu" or "cuda"; never another than the one asked for.
+            threads: CPU threads a network may use; None leaves the choice to ONNX Runtime.
+            backend: "auto" takes the fastest that fits the device; `runs_on` says which.
+
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.
-            UsageError: unknown device, or `threads` below 1.
+            UsageError: unknown device or backend, or `threads` below 1.
         """
         bundle = default_bundle() if path is None else Path(path)
         manifest = load_manifest(bundle)
@@ -94,7 +107,8 @@ class Pipeline:
                     f"{bundle / entry.file} ({name}) is missing; the bundle is incomplete, "
                     "fetch or export it again"
                 )
-        return cls(bundle, manifest, backend_for(device, threads))
+        choice = choose(bundle, manifest, device, backend, threads)
+        return cls(bundle, manifest, choice.backend, f"{choice.name} ({choice.reason})")
 
     def __call__(
         self,
@@ -272,12 +286,15 @@ class Pipeline:
 
     @contextmanager
     def _network(self, name: str) -> Iterator[Network]:
-        with self._resource(name, lambda: self._backend.open(self.bundle, self.manifest, name)) as network:
+        opened = partial(self._backend.open, self.bundle, self.manifest, name)
+        with self._resource(name, opened) as network:
             yield network
 
     @contextmanager
     def _sampler(self) -> Iterator[Sampler]:
-        with self._resource("sampler", lambda: self._backend.open_sampler(self.bundle, self.manifest)) as sampler:
+        with self._resource(
+            "sampler", lambda: self._backend.open_sampler(self.bundle, self.manifest)
+        ) as sampler:
             yield sampler
 
     @contextmanager

@@ -155,7 +155,7 @@ class Backend(Protocol):
 
 
 def backend_for(device: str, threads: int | None = None) -> Backend:
-    """The backend that serves a device; never another device than the one asked for.
+    """The backend that runs a bundle's own files on a device; never another device than the one asked for.
 
     Args:
         device: one of `DEVICES`.

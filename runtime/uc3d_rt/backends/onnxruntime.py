@@ -17,6 +17,7 @@ from uc3d_rt.errors import BackendError, BundleError
 FloatArray = NDArray[np.float32]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}  # fp32 is fp32
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -31,7 +32,7 @@ class OnnxRuntimeBackend(Backend):
         """Verify and load one network; raises as `Backend.open`."""
         path = verified_network_path(bundle, manifest, name)
         spec = network_specs(manifest.shape)[name]
-        session = open_session(path, self.device, self.threads)
+        session = open_session(path, self.device, self.threads, _PROVIDER_OPTIONS[self.device])
         _check_session(session, spec, path)
         return OnnxRuntimeNetwork(session, spec, manifest.shape.views)
 
@@ -76,6 +77,23 @@ def explained(name: str) -> Iterator[None]:
         ) from error
 
 
+def check_provider(device: str) -> str:
+    """The execution provider of a device.
+
+    Raises:
+        BackendError: the installed ONNX Runtime has none for it.
+    """
+    import onnxruntime
+
+    provider = _PROVIDERS[device]
+    if provider not in onnxruntime.get_available_providers():
+        raise BackendError(
+            f"this ONNX Runtime has no {provider}; run: pip uninstall -y onnxruntime onnxruntime-gpu && "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]', or use --device cpu"
+        )
+    return provider
+
+
 def open_session(
     path: Path, device: str, threads: int | None = None, provider_options: dict[str, str] | None = None
 ) -> Any:
@@ -92,12 +110,7 @@ def open_session(
     """
     import onnxruntime
 
-    provider = _PROVIDERS[device]
-    if provider not in onnxruntime.get_available_providers():
-        raise BackendError(
-            f"this ONNX Runtime has no {provider}; run: pip uninstall onnxruntime onnxruntime-gpu && "
-            "pip install 'uc3d-rt[gpu]' --force-reinstall, or use --device cpu"
-        )
+    provider = check_provider(device)
     if device == "cuda":
         onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
     options = onnxruntime.SessionOptions()
@@ -108,9 +121,7 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(
-            path, options, providers=[(provider, provider_options or {})]
-        )
+        session = onnxruntime.InferenceSession(path, options, providers=[(provider, provider_options or {})])
     except _runtime_errors() as error:
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path} ({_one_line(error)}); "

@@ -1,7 +1,8 @@
-"""ONNX Runtime on a CUDA device with graphs that `build-engines` fused for it: nothing leaves between steps."""
+"""ONNX Runtime on a CUDA device with the graphs that `build-engines` fused for it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class OnnxRuntimeEngines(Backend):
     """Opens the engines of one folder that was built with `--backend onnxruntime`."""
 
     def __init__(self, folder: Path, engines: EngineSet, device: str = "cuda") -> None:
-        """Take the engines of a folder; the CPU runs them only where a test has made them of plain operators."""
+        """Take the engines of a folder; the device is another only in tests, with engines made for it."""
         self.folder = folder
         self.engines = engines
         self.device = device
@@ -50,7 +51,9 @@ class OnnxRuntimeEngines(Backend):
     def session(self, part: str, provider_options: dict[str, str]) -> Any:
         """A session of one engine file."""
         return open_session(
-            verified_engine_path(self.engines, self.folder, part), self.device, provider_options=provider_options
+            verified_engine_path(self.engines, self.folder, part),
+            self.device,
+            provider_options=provider_options,
         )
 
 
@@ -73,11 +76,13 @@ class _Loop:
             self.given[name].update_inplace(np.ascontiguousarray(both, kind))
         self.context.run_with_iobinding(self.context_binding)
 
-    def run(self, at: int) -> None:
+    def run(self, at: int, wait: bool = True) -> None:
+        """Go from a place to the other; unless `wait`, the step is only queued."""
         import onnxruntime
 
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(1 + at))  # a CUDA graph for each place
+        options.add_run_config_entry("disable_synchronize_execution_providers", "0" if wait else "1")
         self.session.run_with_iobinding(self.bindings[at], options)
 
 
@@ -140,13 +145,28 @@ class StepSampler(Sampler):
                 part = plan[first : first + self._rows]
                 self._set_plan(part, focal, guidance)
                 self._step[at].update_inplace(np.zeros(1, np.int64))
-                for done, step in enumerate(part, start=first + 1):
-                    self._loops[2 if step.guided else 1].run(at)
+                for index, step in enumerate(part):
+                    # Steps queue up on the device; the next in line may be on another stream.
+                    last = index + 1 == len(part) or part[index + 1].guided != step.guided
+                    self._loops[2 if step.guided else 1].run(at, wait=last)
                     at = 1 - at
                     if on_step is not None:
-                        on_step(done, len(plan))
+                        on_step(first + index + 1, len(plan))
             z_0: FloatArray = np.array(self._z[at].numpy())  # a view of the place itself on a CPU
         return z_0
+
+    def timed_step(self, calls: int, guided: bool) -> list[float]:
+        """Milliseconds of single steps, each ended before the next begins, for benchmarks."""
+        objects = 2 if guided else 1
+        if objects not in self._loops:
+            self._loops[objects] = self._opened(objects)
+        times = []
+        for _ in range(calls):
+            self._step[0].update_inplace(np.zeros(1, np.int64))
+            started = time.perf_counter()
+            self._loops[objects].run(0)
+            times.append(1e3 * (time.perf_counter() - started))
+        return times
 
     def close(self) -> None:
         """Free sessions and device memory."""

@@ -1,0 +1,121 @@
+"""Time a step of the UNet with guidance (12 views) on a GPU: the runtime's engines beside torch.
+
+    python -m export build-engines --backend onnxruntime
+    python benchmarks/unet_step.py [--bundle engines/edge] [--compile reduce-overhead] [--steps 50]
+
+torch runs the same network, fp16, channels last, its weights random: eagerly and compiled.  Each is
+warmed up and synchronised at every call; medians.  The runtime's step is the whole step: UNet, guidance
+and DDIM, as a CUDA graph.  The last lines time all steps of a sample as users run them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import numpy as np
+
+from export.example_inputs import example_inputs
+from uc3d_rt.backends.choice import choose
+from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines, StepSampler
+from uc3d_rt.contract import Manifest, load_manifest
+from uc3d_rt.sampler import ddim_steps
+
+WARM_UP = 10
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--bundle", type=click.Path(path_type=Path), default=Path("engines/edge"), show_default=True)
+@click.option("--compile", "modes", multiple=True, default=("reduce-overhead",), show_default=True)
+@click.option("--calls", default=200, show_default=True)
+@click.option("--steps", default=50, show_default=True, help="Of the sample.")
+def main(bundle: Path, modes: tuple[str, ...], calls: int, steps: int) -> None:
+    manifest = load_manifest(bundle)
+    choice = choose(bundle, manifest, "cuda")
+    print(f"{choice.name} ({choice.reason})")
+    if not isinstance(choice.backend, OnnxRuntimeEngines):
+        raise click.ClickException(
+            "no engines fit; run: python -m export build-engines --backend onnxruntime"
+        )
+    sampler = choice.backend.open_sampler(bundle, manifest)
+    assert isinstance(sampler, StepSampler)
+    inputs = example_inputs(manifest.shape, "unet", 2, seed=1)
+    given = {
+        "tokens": inputs["tokens"][:1], "image_latent": inputs["image_latent"][:1], "focal": 0.0,
+        "z_T": inputs["sample"][: manifest.shape.views],
+    }  # fmt: skip
+    guided = ddim_steps(manifest.schedule, steps, guidance=3.0)
+    step_ms = _line("runtime, step with guidance", sampler.timed_step(calls, guided=True))
+    _line("runtime, step without", sampler.timed_step(calls, guided=False))
+    for mode, milliseconds in _torch_times(manifest, inputs, modes, calls).items():
+        _line(
+            f"torch {mode}", milliseconds, f"runtime / torch {step_ms / statistics.median(milliseconds):.2f}"
+        )
+    usual = ddim_steps(
+        manifest.schedule, steps, guidance=manifest.sampling.guidance,
+        guidance_interval=manifest.sampling.guidance_interval, first_step_to=manifest.sampling.first_step_to,
+    )  # fmt: skip
+    for name, plan in (
+        (f"{steps} steps, all with guidance", guided),
+        (f"{steps} steps, as the bundle has it", usual),
+    ):
+        milliseconds = _times(lambda plan=plan: sampler(**given, plan=plan, guidance=3.0), 20)  # type: ignore[misc]
+        note = (
+            f"{statistics.median(milliseconds) / (steps * step_ms):.2f} of {steps} x the step"
+            if plan is guided
+            else ""
+        )
+        _line(name, milliseconds, note)
+
+
+def _times(call: Callable[[], object], calls: int) -> list[float]:
+    """Milliseconds of calls that return when their work is done."""
+    for _ in range(WARM_UP):
+        call()
+    found = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        call()
+        found.append(1e3 * (time.perf_counter() - started))
+    return found
+
+
+def _line(name: str, milliseconds: list[float], note: str = "") -> float:
+    median = statistics.median(milliseconds)
+    low, high = np.percentile(milliseconds, [10, 90])
+    print(f"{name:40s} {median:8.3f} ms  ({low:.3f} to {high:.3f})  {note}", flush=True)
+    return median
+
+
+def _torch_times(
+    manifest: Manifest, inputs: dict[str, np.ndarray], modes: tuple[str, ...], calls: int
+) -> dict[str, list[float]]:
+    import torch
+
+    from train.multiview_unet import MultiviewUNet
+    from train.presets import PRESETS
+
+    unet = MultiviewUNet(PRESETS[manifest.profile].unet).half().cuda().eval()
+    unet = unet.to(memory_format=torch.channels_last)
+    tensors = [torch.from_numpy(value).cuda().half() for value in inputs.values()]
+
+    def call(network: Callable[..., object]) -> Callable[[], None]:
+        def run() -> None:
+            network(*tensors)
+            torch.cuda.synchronize()
+
+        return run
+
+    with torch.no_grad():
+        found = {"eager": _times(call(unet), calls)}
+        for mode in modes:
+            torch._dynamo.reset()
+            found[f"compile, {mode}"] = _times(call(torch.compile(unet, mode=mode)), calls)
+    return found
+
+
+if __name__ == "__main__":
+    main()
