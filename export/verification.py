@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from export.example_inputs import example_inputs
 from export.typed_graph import rounded_session, typed_graph
 from uc3d_rt.backends.base import Backend, Network, check_inputs
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeNetwork
+from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
 from uc3d_rt.contract import (
     NETWORK_NAMES,
     Manifest,
@@ -107,7 +108,7 @@ def verify(
         found = sample(bundle, manifest, backend, steps, seed)
         for kind, decibels in views_psnr(found, views).items():
             yield Check(form, f"sample: {kind} views", decibels, SAMPLE_LIMIT_DB[form], more_is_better=True)
-    yield from _engine_checks(bundle, manifest, reference, seed)
+    yield from _engine_checks(bundle, manifest, reference, views, steps, seed)
 
 
 def compare_network(
@@ -154,7 +155,7 @@ def shaded_ball(size_px: int = 256) -> NDArray[np.uint8]:
     return rgba
 
 
-class TypedBackend:
+class TypedBackend(Backend):
     """The fp16 graphs that engines are built from, on the CPU with every fp16 value rounded."""
 
     def open(self, bundle: Path, manifest: Manifest, name: str) -> Network:
@@ -167,7 +168,7 @@ class TypedBackend:
         return OnnxRuntimeNetwork(session, network_specs(manifest.shape)[name], manifest.shape.views)
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """The modules of a checkpoint, fp32, on the CPU."""
 
     def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
@@ -185,7 +186,7 @@ class TorchBackend:
         return TorchNetwork(self._modules[name], network_specs(manifest.shape)[name], manifest.shape.views)
 
 
-class TorchNetwork:
+class TorchNetwork(Network):
     """A torch module behind the runtime's interface."""
 
     def __init__(self, module: nn.Module, spec: NetworkSpec, views: int) -> None:
@@ -203,14 +204,10 @@ class TorchNetwork:
     def close(self) -> None:
         """Nothing to free: the checkpoint holds the weights."""
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _engine_checks(bundle: Path, manifest: Manifest, reference: Backend, seed: int) -> Iterator[Check]:
+def _engine_checks(
+    bundle: Path, manifest: Manifest, reference: Backend, views: Views, steps: int | None, seed: int
+) -> Iterator[Check]:
     folders, machine = built_folders(bundle), this_machine()
     if not folders:
         yield Check("engines", "all", note="none were built")
@@ -220,14 +217,22 @@ def _engine_checks(bundle: Path, manifest: Manifest, reference: Backend, seed: i
         if reasons:
             yield Check(folder.name, "all", note=f"not run: {'; '.join(reasons)}")
             continue
-        backend = EngineBackend(folder, engines)
-        for name, engine in engines.engines.items():
+        backend: Backend = EngineBackend(folder, engines)
+        if engines.backend == "onnxruntime":
+            backend = OnnxRuntimeEngines(folder, engines)
+        for name in NETWORK_NAMES:
+            built = engines.engines.get(name)  # the UNet may be there as steps, which take what it takes
+            batches = engine_batches(manifest.shape)[name] if built is None else built.batches
             yield from compare_network(
-                folder.name, backend, reference, bundle, manifest, name, FP16_LIMIT, seed, engine.batches
+                folder.name, backend, reference, bundle, manifest, name, FP16_LIMIT, seed, batches
             )
+        found = sample(bundle, manifest, backend, steps, seed)
+        for kind, decibels in views_psnr(found, views).items():
+            what = f"sample: {kind} views"
+            yield Check(folder.name, what, decibels, SAMPLE_LIMIT_DB["fp16"], more_is_better=True)
 
 
-class EngineBackend:
+class EngineBackend(Backend):
     """Engines of one folder, run by Polygraphy; they take the batch sizes they were built for."""
 
     def __init__(self, folder: Path, engines: EngineSet) -> None:
@@ -250,7 +255,7 @@ class EngineBackend:
         return EngineNetwork(runners, spec, manifest.shape.views)
 
 
-class EngineNetwork:
+class EngineNetwork(Network):
     """One engine, a Polygraphy runner for each of its profiles."""
 
     def __init__(self, runners: dict[int, Any], spec: NetworkSpec, views: int) -> None:
@@ -265,12 +270,6 @@ class EngineNetwork:
 
     def close(self) -> None:
         """Polygraphy frees an engine after each call."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def table(checks: list[Check], say: Callable[[str], None]) -> bool:

@@ -223,7 +223,7 @@ EDGE = Preset(
     heads=HeadSpec(),
     # v-prediction and zero terminal SNR: eps at a tiny last alpha_bar multiplies every error.
     schedule=NoiseSchedule(zero_terminal_snr=True, prediction="v"),
-    sampling=SamplingDefaults(guidance_interval=(0.5, 0.6), noise_scale=0.5, first_step_to=0.6),
+    sampling=SamplingDefaults(guidance_interval=(0.3, 0.4), noise_scale=0.5, first_step_to=0.4),
     # The layout is decided at t = T - 1, from the picture alone, and a first step far down keeps it:
     # most of the draws stand there. At less noise the views themselves tell their layout.
     train=TrainSpec(

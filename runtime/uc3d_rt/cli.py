@@ -104,7 +104,7 @@ def command(
     except ValueError as error:
         raise UsageError(str(error)) from error
     pipeline = Pipeline.from_bundle(bundle, device, threads, backend)
-    if not quiet and device != "cpu":
+    if not quiet:
         click.echo(f"runs on {pipeline.runs_on}", err=True)
     if threads is not None:
         import numba

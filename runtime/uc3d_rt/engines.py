@@ -24,6 +24,9 @@ REBUILD = "run: python -m export build-engines"
 LIBRARY_MODULES = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Modules of the libraries that build and open engines, by backend."""
 
+CPU = "cpu"
+"""The target of graphs that stand in for some of a bundle's files on a CPU."""
+
 UNET_PARTS = ("unet_time", "unet_context", "unet_step_1", "unet_step_2")
 """The UNet as whole steps: what depends on time alone, on the picture alone, and a step without and
 with guidance."""
@@ -163,8 +166,10 @@ def misfits(
     """
     reasons = []
     for network, entry in manifest.networks.items():
-        for part in parts_of(engines.backend, network):
+        for part in (network,) if engines.targets == (CPU,) else parts_of(engines.backend, network):
             built = engines.engines.get(part)
+            if built is None and engines.targets == (CPU,):
+                continue
             if built is None:
                 reasons.append(f"{part} was not built")
             elif built.source_sha256 != entry.sha256:
@@ -177,6 +182,8 @@ def misfits(
         reasons.append(f"{engines.backend} is not installed")
     elif installed != engines.version:
         reasons.append(f"built by {engines.backend} {engines.version}, installed is {installed}")
+    if engines.targets == (CPU,):
+        return reasons
     if machine is None:
         reasons.append("no NVIDIA GPU was found")
     elif engines.targets and machine.target not in engines.targets:

@@ -41,6 +41,7 @@ def test_sets_come_and_go_while_training_runs(tmp_path: Path) -> None:
     python.chmod(0o755)
     out = tmp_path / "out"
     settings = {"PATH": f"{python.parent}:{os.environ['PATH']}", "SHARDS_PER_GPU": "2", "KEEP_SETS": "2"}
+    settings["SET_PAUSE"] = "0"
     subprocess.run(
         ["bash", str(RECIPE), "objects", str(out)], env=os.environ | settings, check=True, timeout=60
     )

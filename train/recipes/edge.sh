@@ -10,12 +10,13 @@
 # The cache is sets of VARIANTS variants of every object.  Training begins with one set.  While it
 # runs, more sets are made with new random numbers, and the newest KEEP_SETS are trained on: what is
 # seen too often is learned by heart.  KEEP_SETS=1 makes no more.  A set of 16 variants of 2 200
-# objects takes 18 GB of every GPU.
+# objects takes 18 GB of every GPU.  Making one shares the GPUs with the training, which goes at half
+# its speed meanwhile: SET_PAUSE seconds lie between two.
 set -euo pipefail
 objects=$1 out=$2
 shift 2
 gpus=${GPUS:-1} variants=${VARIANTS:-16} shards_per_gpu=${SHARDS_PER_GPU:-5} cache=${CACHE:-$out/cache}
-keep_sets=${KEEP_SETS:-2}
+keep_sets=${KEEP_SETS:-2} pause=${SET_PAUSE:-180}
 mkdir -p "$out" "$cache"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
@@ -47,6 +48,7 @@ newest_set() { find "$cache" -name 'shard-*-*.safetensors' | sed 's|.*/shard-0*\
 more_sets() {
   local seed=$1
   while true; do
+    sleep "$pause"
     seed=$((seed + 1))
     make_set "$seed" 10
     [ "$seed" -ge "$keep_sets" ] && rm -f "$cache/shard-$(printf '%04d' $((seed - keep_sets)))"-*.safetensors

@@ -9,6 +9,7 @@ from pathlib import Path
 from uc3d_rt.backends.base import Backend, backend_for
 from uc3d_rt.contract import Manifest
 from uc3d_rt.engines import (
+    CPU,
     REBUILD,
     EngineSet,
     Machine,
@@ -52,9 +53,11 @@ def choose(
         raise UsageError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     plain = backend_for(device, threads)
     if device == "cpu":
-        return Choice(plain, "onnxruntime on the CPU, fp32", "engines are for GPUs alone")
+        return _on_cpu(bundle, manifest, plain, threads)
     found = list(engine_choices(bundle, manifest))
     for folder, engines, reasons in found:
+        if engines is not None and engines.targets == (CPU,):
+            continue
         if engines is not None and engines.backend == "onnxruntime" and not reasons:
             from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
 
@@ -67,6 +70,22 @@ def choose(
     )
     reason = f"no engines fit ({lacks}); for speed {REBUILD_FUSED}"
     return Choice(plain, "onnxruntime on CUDA, fp32, the bundle's own files", reason)
+
+
+def _on_cpu(bundle: Path, manifest: Manifest, plain: Backend, threads: int | None) -> Choice:
+    """int8 graphs that were made for this bundle, else its own files."""
+    from uc3d_rt.backends.onnxruntime import OnnxRuntimeQuantized
+
+    unfit = []
+    for folder, engines, reasons in engine_choices(bundle, manifest):
+        if engines is None or engines.targets != (CPU,):
+            continue
+        if not reasons:
+            names = ", ".join(engines.engines)
+            quantized = OnnxRuntimeQuantized(folder, engines, threads)
+            return Choice(quantized, f"onnxruntime on the CPU, {names} in {engines.precision}", folder.name)
+        unfit.append(f"{folder.name} does not fit: {', '.join(reasons)}")
+    return Choice(plain, "onnxruntime on the CPU, fp32", "; ".join(unfit) or "the bundle's own files")
 
 
 def engine_choices(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, EngineSet | None, list[str]]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from uc3d_rt.backends.base import Backend, Network, check_inputs
 from uc3d_rt.contract import Manifest, NetworkSpec, network_specs, verified_network_path
+from uc3d_rt.engines import EngineSet, verified_engine_path
 from uc3d_rt.errors import BackendError, BundleError
 
 FloatArray = NDArray[np.float32]
@@ -33,6 +34,25 @@ class OnnxRuntimeBackend(Backend):
         path = verified_network_path(bundle, manifest, name)
         spec = network_specs(manifest.shape)[name]
         session = open_session(path, self.device, self.threads, _PROVIDER_OPTIONS[self.device])
+        _check_session(session, spec, path)
+        return OnnxRuntimeNetwork(session, spec, manifest.shape.views)
+
+
+class OnnxRuntimeQuantized(OnnxRuntimeBackend):
+    """The bundle's networks on the CPU, but for those that `python -m export quantize` made int8."""
+
+    def __init__(self, folder: Path, engines: EngineSet, threads: int | None = None) -> None:
+        super().__init__("cpu", threads)
+        self.folder = folder
+        self.engines = engines
+
+    def open(self, bundle: Path, manifest: Manifest, name: str) -> OnnxRuntimeNetwork:
+        """Verify and load one network; raises as `Backend.open`."""
+        if name not in self.engines.engines:
+            return super().open(bundle, manifest, name)
+        path = verified_engine_path(self.engines, self.folder, name)
+        spec = network_specs(manifest.shape)[name]
+        session = open_session(path, "cpu", self.threads, int8_kernels=True)
         _check_session(session, spec, path)
         return OnnxRuntimeNetwork(session, spec, manifest.shape.views)
 
@@ -95,7 +115,11 @@ def check_provider(device: str) -> str:
 
 
 def open_session(
-    path: Path, device: str, threads: int | None = None, provider_options: dict[str, str] | None = None
+    path: Path,
+    device: str,
+    threads: int | None = None,
+    provider_options: dict[str, str] | None = None,
+    int8_kernels: bool = False,
 ) -> Any:
     """A session on a device, and on no other.
 
@@ -104,6 +128,7 @@ def open_session(
         device: one of `DEVICES`.
         threads: CPU threads; None leaves the choice to ONNX Runtime.
         provider_options: of the device's execution provider.
+        int8_kernels: compute in int8 what the file quantises; else such values are dequantised first.
 
     Raises:
         BackendError: ONNX Runtime has no such provider, or it does not start, or refuses the file.
@@ -116,8 +141,9 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
-    # Else int8-stored weights are fused into integer kernels that round activations too; it is no faster.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not int8_kernels:
+        # Else int8-stored weights are fused into integer kernels that round activations too.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

@@ -76,13 +76,12 @@ class _Loop:
             self.given[name].update_inplace(np.ascontiguousarray(both, kind))
         self.context.run_with_iobinding(self.context_binding)
 
-    def run(self, at: int, wait: bool = True) -> None:
-        """Go from a place to the other; unless `wait`, the step is only queued."""
+    def run(self, at: int) -> None:
+        """Go from a place to the other."""
         import onnxruntime
 
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(1 + at))  # a CUDA graph for each place
-        options.add_run_config_entry("disable_synchronize_execution_providers", "0" if wait else "1")
         self.session.run_with_iobinding(self.bindings[at], options)
 
 
@@ -145,13 +144,11 @@ class StepSampler(Sampler):
                 part = plan[first : first + self._rows]
                 self._set_plan(part, focal, guidance)
                 self._step[at].update_inplace(np.zeros(1, np.int64))
-                for index, step in enumerate(part):
-                    # Steps queue up on the device; the next in line may be on another stream.
-                    last = index + 1 == len(part) or part[index + 1].guided != step.guided
-                    self._loops[2 if step.guided else 1].run(at, wait=last)
+                for done, step in enumerate(part, start=first + 1):
+                    self._loops[2 if step.guided else 1].run(at)
                     at = 1 - at
                     if on_step is not None:
-                        on_step(first + index + 1, len(plan))
+                        on_step(done, len(plan))
             z_0: FloatArray = np.array(self._z[at].numpy())  # a view of the place itself on a CPU
         return z_0
 

@@ -1,0 +1,132 @@
+"""Which backend runs on which device: the best that fits, said aloud, and never another device."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from uc3d_rt.backends import choice
+from uc3d_rt.backends.choice import choose
+from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend
+from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
+from uc3d_rt.contract import Manifest, load_manifest
+from uc3d_rt.engines import (
+    BUILT_NAME,
+    UNET_PARTS,
+    EngineFile,
+    EngineSet,
+    Machine,
+    parts_of,
+    save_engine_set,
+)
+from uc3d_rt.errors import BundleError, UsageError
+from uc3d_rt.pipeline import Pipeline
+
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # SHA-256 of no bytes
+HERE = Machine("H100", "sm_90", "580.1")
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    for path in tiny_bundle.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+@pytest.fixture
+def manifest(bundle: Path) -> Manifest:
+    return load_manifest(bundle)
+
+
+def build(bundle: Path, manifest: Manifest, backend: str, version: str) -> Path:
+    """A folder of engines with nothing in them."""
+    folder = bundle / BUILT_NAME / f"{backend}-{version}"
+    folder.mkdir(parents=True)
+    files = {}
+    for name, entry in manifest.networks.items():
+        for part in parts_of(backend, name):
+            (folder / f"{part}.engine").touch()
+            files[part] = EngineFile(f"{part}.engine", EMPTY, 0, entry.sha256, "key", (1,), 1e-3)
+    save_engine_set(EngineSet(backend, version, (), "fp16", manifest.profile, files), folder)
+    return folder
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine | None], None]:
+    installed = {"onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1"}
+    monkeypatch.setattr(choice, "installed_version", installed.get)
+
+    def place(machine: Machine | None) -> None:
+        monkeypatch.setattr(choice, "this_machine", lambda: machine)
+
+    place(HERE)
+    return place
+
+
+def test_on_a_cpu_the_bundles_own_files_run(bundle: Path, manifest: Manifest) -> None:
+    build(bundle, manifest, "onnxruntime", "1.31.1")
+    found = choose(bundle, manifest, "cpu")
+    assert isinstance(found.backend, OnnxRuntimeBackend) and found.backend.device == "cpu"
+    assert "CPU" in found.name
+    assert "on the CPU" in Pipeline.from_bundle(bundle).runs_on
+
+
+@pytest.mark.usefixtures("gpu")
+def test_engines_that_fit_are_taken(bundle: Path, manifest: Manifest) -> None:
+    folder = build(bundle, manifest, "onnxruntime", "1.31.1")
+    found = choose(bundle, manifest, "cuda")
+    assert isinstance(found.backend, OnnxRuntimeEngines) and found.backend.folder == folder
+    assert "fp16" in found.name and folder.name in found.name
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_does_not_fit_is_named_with_its_reason(bundle: Path, manifest: Manifest) -> None:
+    build(bundle, manifest, "onnxruntime", "1.30.0")
+    build(bundle, manifest, "tensorrt-rtx", "1.7.1")
+    found = choose(bundle, manifest, "cuda")
+    assert isinstance(found.backend, OnnxRuntimeBackend) and found.backend.device == "cuda"
+    assert "fp32" in found.name
+    assert "built by onnxruntime 1.30.0, installed is 1.31.1" in found.reason
+    assert "does not open tensorrt-rtx engines yet" in found.reason
+    assert "python -m export build-engines --backend onnxruntime" in found.reason
+
+
+def test_a_part_that_is_missing_or_of_another_bundle(
+    bundle: Path, manifest: Manifest, gpu: Callable[[Machine | None], None]
+) -> None:
+    folder = build(bundle, manifest, "onnxruntime", "1.31.1")
+    other = replace(manifest.networks["unet"], sha256="0" * 64)
+    changed = replace(manifest, networks={**manifest.networks, "unet": other})
+    found = choose(bundle, changed, "cuda")
+    assert all(f"{part} was built from another unet.onnx" in found.reason for part in UNET_PARTS)
+    (folder / "unet_step_2.engine").write_bytes(b"x")
+    assert "unet_step_2.engine was altered or damaged" in choose(bundle, manifest, "cuda").reason
+    (folder / "unet_step_2.engine").unlink()
+    assert "unet_step_2.engine is missing" in choose(bundle, manifest, "cuda").reason
+    gpu(None)
+    assert "no NVIDIA GPU was found" in choose(bundle, manifest, "cuda").reason
+    (folder / "engines.json").write_text("{}")
+    assert "is damaged" in choose(bundle, manifest, "cuda").reason
+
+
+def test_an_engine_altered_after_it_was_chosen(bundle: Path, manifest: Manifest) -> None:
+    folder = build(bundle, manifest, "onnxruntime", "1.31.1")
+    engines = choice.load_engine_set(folder)
+    (folder / "vae_decoder.engine").write_bytes(b"x")
+    with pytest.raises(BundleError, match="vae_decoder.engine is missing or was altered.*build-engines"):
+        OnnxRuntimeEngines(folder, engines).open(bundle, manifest, "vae_decoder")
+
+
+def test_unknown_names(bundle: Path, manifest: Manifest) -> None:
+    with pytest.raises(UsageError, match="unknown backend 'tensorflow'; choose one of auto, onnxruntime"):
+        choose(bundle, manifest, "cpu", "tensorflow")
+    with pytest.raises(UsageError, match="unknown device 'tpu'; choose one of cpu, cuda"):
+        choose(bundle, manifest, "tpu")
+
+
+def test_the_command_line_names_what_it_takes(
+    run_cli: Callable[..., tuple[int, str, str]], object_png: Path, tmp_path: Path
+) -> None:
+    code, _, err = run_cli(object_png, "-o", tmp_path / "mesh.glb", "--backend", "directml")
+    assert code == 2 and "unknown backend 'directml'" in err
