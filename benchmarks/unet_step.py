@@ -20,8 +20,9 @@ import numpy as np
 
 from export.example_inputs import example_inputs
 from uc3d_rt.backends.choice import choose
-from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines, StepSampler
+from uc3d_rt.backends.onnxruntime_engines import StepSampler
 from uc3d_rt.contract import Manifest, load_manifest
+from uc3d_rt.errors import Uc3dError
 from uc3d_rt.sampler import ddim_steps
 
 WARM_UP = 10
@@ -34,12 +35,11 @@ WARM_UP = 10
 @click.option("--steps", default=50, show_default=True, help="Of the sample.")
 def main(bundle: Path, modes: tuple[str, ...], calls: int, steps: int) -> None:
     manifest = load_manifest(bundle)
-    choice = choose(bundle, manifest, "cuda")
+    try:
+        choice = choose(bundle, manifest, "cuda", "onnxruntime")
+    except Uc3dError as error:
+        raise click.ClickException(str(error)) from error
     print(f"{choice.name} ({choice.reason})")
-    if not isinstance(choice.backend, OnnxRuntimeEngines):
-        raise click.ClickException(
-            "no engines fit; run: python -m export build-engines --backend onnxruntime"
-        )
     sampler = choice.backend.open_sampler(bundle, manifest)
     assert isinstance(sampler, StepSampler)
     inputs = example_inputs(manifest.shape, "unet", 2, seed=1)

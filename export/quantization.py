@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 
 from export.typed_graph import folded
-from export.verification import views_psnr
+from export.verification import SAMPLE_LIMIT_DB, views_psnr
 from uc3d_rt.backends.base import Backend, Network
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeQuantized
 from uc3d_rt.contract import Manifest, load_manifest, verified_network_path
@@ -35,9 +35,6 @@ Inputs = dict[str, FloatArray]
 
 RECIPE = 1
 """Counts changes of how the graph is made."""
-
-SAMPLE_LIMIT_DB = 28.0
-"""Smallest PSNR between the views of a sample in int8 and in fp32, the worst of all pictures."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,10 @@ def quantize(
         say("sampling in int8")
         found = [_sampled(bundle, manifest, fast, picture) for picture in pictures]
         decibels = tuple(views_psnr(view, true)["colour"] for view, true in zip(found, truth, strict=True))
-        if min(decibels) < SAMPLE_LIMIT_DB:
+        limit = SAMPLE_LIMIT_DB["int8"]
+        if min(decibels) < limit:
             raise BackendError(
-                f"int8 changes the views too much ({min(decibels):.1f} dB, limit {SAMPLE_LIMIT_DB:g}); "
+                f"int8 changes the views too much ({min(decibels):.1f} dB, limit {limit:g}); "
                 "nothing was kept: this processor may lack int8 instructions that do not saturate"
             )
         save_engine_set(engines(error), work)

@@ -133,7 +133,7 @@ class Evaluator:
 
     def __init__(self, options: EvaluateOptions, index: TrainIndex | None, threads: int) -> None:
         self.options, self.index = options, index
-        self.pipeline = Pipeline.from_bundle(options.bundle, "cpu", threads)
+        self.pipeline = Pipeline.from_bundle(options.bundle, "cpu", threads, "bundle")
         self.image_px = self.pipeline.manifest.shape.image_px
         self._backend = backend_for("cpu", threads)
         self._networks: dict[str, Network] = {}

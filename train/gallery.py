@@ -24,7 +24,7 @@ def gallery(
         ImageError, BundleError, BackendError, FitError: see `uc3d_rt.errors`.
     """
     inputs, rows = [], []
-    with Pipeline.from_bundle(bundle) as pipeline:
+    with Pipeline.from_bundle(bundle, backend="bundle") as pipeline:
         for path in pictures:
             given = preprocess(path, pipeline.manifest.shape.image_px)
             result = pipeline(path, seed=seed)

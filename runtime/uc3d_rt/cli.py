@@ -61,7 +61,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
     "--backend", default="auto", show_default=True,
-    help="auto: the fastest that fits the device; onnxruntime.",
+    help="onnxruntime: what was built for it; bundle: its own files, fp32; auto: the first that fits.",
 )  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads; all if left out.")
 @click.option("--quiet", is_flag=True, help="No progress and no timings; warnings and errors still show.")

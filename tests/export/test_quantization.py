@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from export import quantization
 from export.__main__ import cli
 from export.example_inputs import example_inputs
+from export.verification import verify
 from train.presets import TOY
 from uc3d_rt.backends.choice import choose
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeQuantized
@@ -44,7 +45,7 @@ def times(fp32_ms: float, int8_ms: float) -> object:
 
 def test_int8_is_made_and_taken(copy: Path, object_png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "_compared_calls", times(2.0, 1.0))  # a toy's time tells nothing
-    monkeypatch.setattr(quantization, "SAMPLE_LIMIT_DB", 5.0)  # random weights sample noise
+    monkeypatch.setitem(quantization.SAMPLE_LIMIT_DB, "int8", 5.0)  # random weights sample noise
     result = run("--bundle", copy, object_png)
     assert result.exit_code == 0, result.output
     assert "a call takes 1 ms, fp32 2 ms; relative error" in result.output
@@ -68,6 +69,10 @@ def test_int8_is_made_and_taken(copy: Path, object_png: Path, monkeypatch: pytes
     with chosen.backend.open(copy, manifest, "vae_decoder") as decoder:  # the bundle's own
         assert decoder(latent=np.zeros((1, 4, 8, 8), np.float32))["image"].shape == (1, 3, 32, 32)
 
+    assert isinstance(choose(copy, manifest, "cpu", "bundle").backend, OnnxRuntimeBackend)
+    checks = [check for check in verify(copy) if check.form == folder.name]
+    assert len(checks) == 2 and not any(check.failed for check in checks)
+
     (folder / "unet.onnx").write_bytes(b"x")
     found_again = choose(copy, manifest, "cpu")
     assert not isinstance(found_again.backend, OnnxRuntimeQuantized)
@@ -88,7 +93,7 @@ def test_what_changes_the_views_is_not_kept(
     copy: Path, object_png: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantization, "_compared_calls", times(2.0, 1.0))
-    monkeypatch.setattr(quantization, "SAMPLE_LIMIT_DB", 200.0)
+    monkeypatch.setitem(quantization.SAMPLE_LIMIT_DB, "int8", 200.0)
     result = run("--bundle", copy, object_png)
     assert result.exit_code == 6 and "int8 changes the views too much" in result.output
     assert not list((copy / BUILT_NAME).iterdir())

@@ -20,7 +20,7 @@ from uc3d_rt.engines import (
     parts_of,
     save_engine_set,
 )
-from uc3d_rt.errors import BundleError, UsageError
+from uc3d_rt.errors import BackendError, BundleError, UsageError
 from uc3d_rt.pipeline import Pipeline
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # SHA-256 of no bytes
@@ -68,8 +68,8 @@ def test_on_a_cpu_the_bundles_own_files_run(bundle: Path, manifest: Manifest) ->
     build(bundle, manifest, "onnxruntime", "1.31.1")
     found = choose(bundle, manifest, "cpu")
     assert isinstance(found.backend, OnnxRuntimeBackend) and found.backend.device == "cpu"
-    assert "CPU" in found.name
-    assert "on the CPU" in Pipeline.from_bundle(bundle).runs_on
+    assert found.name == "the bundle's own files, fp32, cpu"
+    assert "quantize" in Pipeline.from_bundle(bundle).runs_on
 
 
 @pytest.mark.usefixtures("gpu")
@@ -77,7 +77,11 @@ def test_engines_that_fit_are_taken(bundle: Path, manifest: Manifest) -> None:
     folder = build(bundle, manifest, "onnxruntime", "1.31.1")
     found = choose(bundle, manifest, "cuda")
     assert isinstance(found.backend, OnnxRuntimeEngines) and found.backend.folder == folder
-    assert "fp16" in found.name and folder.name in found.name
+    assert found.name == "onnxruntime, fp16, cuda" and folder.name in found.reason
+    named = choose(bundle, manifest, "cuda", "onnxruntime")
+    assert isinstance(named.backend, OnnxRuntimeEngines)
+    plain = choose(bundle, manifest, "cuda", "bundle")
+    assert isinstance(plain.backend, OnnxRuntimeBackend) and "fp32" in plain.name
 
 
 @pytest.mark.usefixtures("gpu")
@@ -90,6 +94,10 @@ def test_what_does_not_fit_is_named_with_its_reason(bundle: Path, manifest: Mani
     assert "built by onnxruntime 1.30.0, installed is 1.31.1" in found.reason
     assert "does not open tensorrt-rtx engines yet" in found.reason
     assert "python -m export build-engines --backend onnxruntime" in found.reason
+    with pytest.raises(BackendError, match="nothing that fits --device cuda .*1.30.0.*build-engines"):
+        choose(bundle, manifest, "cuda", "onnxruntime")
+    with pytest.raises(BackendError, match="nothing was built for it.*quantize"):
+        choose(bundle, manifest, "cpu", "onnxruntime")
 
 
 def test_a_part_that_is_missing_or_of_another_bundle(
@@ -119,7 +127,9 @@ def test_an_engine_altered_after_it_was_chosen(bundle: Path, manifest: Manifest)
 
 
 def test_unknown_names(bundle: Path, manifest: Manifest) -> None:
-    with pytest.raises(UsageError, match="unknown backend 'tensorflow'; choose one of auto, onnxruntime"):
+    with pytest.raises(
+        UsageError, match="unknown backend 'tensorflow'; choose one of auto, onnx"
+    ):
         choose(bundle, manifest, "cpu", "tensorflow")
     with pytest.raises(UsageError, match="unknown device 'tpu'; choose one of cpu, cuda"):
         choose(bundle, manifest, "tpu")

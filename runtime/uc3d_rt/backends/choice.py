@@ -12,17 +12,19 @@ from uc3d_rt.engines import (
     CPU,
     REBUILD,
     EngineSet,
-    Machine,
     built_folders,
     installed_version,
     load_engine_set,
     misfits,
     this_machine,
 )
-from uc3d_rt.errors import BundleError, UsageError
+from uc3d_rt.errors import BackendError, BundleError, UsageError
 
-BACKENDS: tuple[str, ...] = ("auto", "onnxruntime")
-REBUILD_FUSED = f"{REBUILD} --backend onnxruntime"
+BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "bundle")
+MENDS = {
+    "cpu": "run: python -m export quantize PICTURES",
+    "cuda": f"{REBUILD} --backend onnxruntime",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Choice:
     """A backend, in words for the user."""
 
     backend: Backend
-    name: str  # "onnxruntime, fused fp16 graphs"
+    name: str  # "onnxruntime on CUDA, fp16"
     reason: str
 
 
@@ -43,62 +45,55 @@ def choose(
         bundle: whose engines are looked at.
         manifest: of the bundle.
         device: one of `uc3d_rt.backends.base.DEVICES`.
-        backend: one of `BACKENDS`; "auto" takes the fastest that fits.
+        backend: one of `BACKENDS`: "onnxruntime" runs what was built for it, "bundle" the bundle's own
+            files in fp32, "auto" the first if it fits and else the second.
         threads: CPU threads a network may use; None leaves the choice to the library.
 
     Raises:
         UsageError: unknown device or backend, or `threads` below 1.
+        BackendError: what was asked for by name does not fit.
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    plain = backend_for(device, threads)
-    if device == "cpu":
-        return _on_cpu(bundle, manifest, plain, threads)
-    found = list(engine_choices(bundle, manifest))
-    for folder, engines, reasons in found:
-        if engines is not None and engines.targets == (CPU,):
-            continue
-        if engines is not None and engines.backend == "onnxruntime" and not reasons:
-            from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
-
-            fused = OnnxRuntimeEngines(folder, engines)
-            return Choice(
-                fused, f"onnxruntime on CUDA, {engines.precision}, {folder.name}", "its engines fit"
-            )
-    lacks = (
-        "; ".join(f"{folder.name}: {', '.join(reasons)}" for folder, _, reasons in found) or "none were built"
-    )
-    reason = f"no engines fit ({lacks}); for speed {REBUILD_FUSED}"
-    return Choice(plain, "onnxruntime on CUDA, fp32, the bundle's own files", reason)
-
-
-def _on_cpu(bundle: Path, manifest: Manifest, plain: Backend, threads: int | None) -> Choice:
-    """int8 graphs that were made for this bundle, else its own files."""
-    from uc3d_rt.backends.onnxruntime import OnnxRuntimeQuantized
-
+    plain = Choice(backend_for(device, threads), f"the bundle's own files, fp32, {device}", "asked for")
+    if backend == "bundle":
+        return plain
     unfit = []
-    for folder, engines, reasons in engine_choices(bundle, manifest):
-        if engines is None or engines.targets != (CPU,):
-            continue
-        if not reasons:
-            names = ", ".join(engines.engines)
-            quantized = OnnxRuntimeQuantized(folder, engines, threads)
-            return Choice(quantized, f"onnxruntime on the CPU, {names} in {engines.precision}", folder.name)
-        unfit.append(f"{folder.name} does not fit: {', '.join(reasons)}")
-    return Choice(plain, "onnxruntime on the CPU, fp32", "; ".join(unfit) or "the bundle's own files")
+    for folder, engines, reasons in engine_choices(bundle, manifest, device):
+        if engines is not None and not reasons:
+            return _built_choice(folder, engines, device, threads)
+        unfit.append(f"{folder.name}: {', '.join(reasons)}")
+    lacks = "; ".join(unfit) or "nothing was built for it"
+    if backend != "auto":
+        raise BackendError(f"{backend} has nothing that fits --device {device} ({lacks}); {MENDS[device]}")
+    return Choice(plain.backend, plain.name, f"{lacks}; for speed {MENDS[device]}")
 
 
-def engine_choices(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, EngineSet | None, list[str]]]:
-    """Every folder of engines of a bundle, with the reasons why it cannot be used here."""
-    machine: Machine | None = None
-    asked = False
-    for folder in built_folders(bundle):
-        if not asked:
-            machine, asked = this_machine(), True
+def _built_choice(folder: Path, engines: EngineSet, device: str, threads: int | None) -> Choice:
+    from uc3d_rt.backends.onnxruntime import OnnxRuntimeQuantized
+    from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
+
+    reason = f"{folder.name} fits"
+    if device == "cpu":
+        names = ", ".join(engines.engines)
+        quantized = OnnxRuntimeQuantized(folder, engines, threads)
+        return Choice(quantized, f"onnxruntime, {names} in {engines.precision}, cpu", reason)
+    return Choice(OnnxRuntimeEngines(folder, engines), f"onnxruntime, {engines.precision}, cuda", reason)
+
+
+def engine_choices(
+    bundle: Path, manifest: Manifest, device: str
+) -> Iterator[tuple[Path, EngineSet | None, list[str]]]:
+    """Every folder of engines for a device, with the reasons why it cannot be used here."""
+    folders = built_folders(bundle)
+    machine = this_machine() if folders and device != "cpu" else None
+    for folder in folders:
         try:
             engines = load_engine_set(folder)
         except BundleError as error:
             yield folder, None, [str(error)]
+            continue
+        if (engines.targets == (CPU,)) != (device == "cpu"):
             continue
         reasons = misfits(engines, folder, manifest, machine, installed_version(engines.backend))
         if engines.backend != "onnxruntime":
