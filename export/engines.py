@@ -48,7 +48,7 @@ from uc3d_rt.engines import (
 )
 from uc3d_rt.errors import BackendError, OutputError, Uc3dError, UsageError
 
-RECIPE = 1
+RECIPE = 2
 """Counts changes of how engines are made; raise it when old ones should be built again."""
 
 ERROR_LIMIT = 1e-2

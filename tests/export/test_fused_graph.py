@@ -64,6 +64,18 @@ def test_the_unet_is_fused_throughout(bundle: Path) -> None:
     assert {node.domain for node in model.graph.node} == {"", MICROSOFT}
 
 
+def test_the_bundle_that_ships() -> None:
+    """Its groups are even, so that every norm is fused; the step with guidance computes the same."""
+    shipped = Path(__file__).parents[2] / "engines/edge"
+    manifest = load_manifest(shipped)
+    data, error = build_part("unet_step_2", shipped / "unet.onnx", manifest, 2)
+    assert 1e-4 < error < 6e-3
+    count = Counter(node.op_type for node in onnx.load_from_string(data).graph.node)
+    norms = sum(n.op_type == "InstanceNormalization" for n in onnx.load(shipped / "unet.onnx").graph.node)
+    assert count["GroupNorm"] + count["SkipGroupNorm"] == norms
+    assert not count["LayerNormalization"] and not count["Softmax"] and not count["Conv"]
+
+
 @pytest.mark.parametrize("name", NETWORK_NAMES)
 def test_little_is_lost_in_fp16(bundle: Path, name: str) -> None:
     source = bundle / f"{name}.onnx"

@@ -127,9 +127,7 @@ def test_an_engine_altered_after_it_was_chosen(bundle: Path, manifest: Manifest)
 
 
 def test_unknown_names(bundle: Path, manifest: Manifest) -> None:
-    with pytest.raises(
-        UsageError, match="unknown backend 'tensorflow'; choose one of auto, onnx"
-    ):
+    with pytest.raises(UsageError, match="unknown backend 'tensorflow'; choose one of auto, onnx"):
         choose(bundle, manifest, "cpu", "tensorflow")
     with pytest.raises(UsageError, match="unknown device 'tpu'; choose one of cpu, cuda"):
         choose(bundle, manifest, "tpu")
