@@ -18,12 +18,18 @@ import click
 if TYPE_CHECKING:
     from export.engines import Built, Job, Plan
 
-DEFAULT_BUNDLE = Path("engines/edge")
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
+
+def _runtimes_bundle() -> Path:
+    from uc3d_rt.pipeline import default_bundle
+
+    return default_bundle()
+
+
 bundle_option = click.option(
-    "--bundle", type=click.Path(path_type=Path), default=DEFAULT_BUNDLE, show_default=True,
-    help="Folder with manifest.json.",
+    "--bundle", type=click.Path(path_type=Path), default=_runtimes_bundle,
+    help="Folder with manifest.json.  [default: the one that uc3d-rt runs]",
 )  # fmt: skip
 
 

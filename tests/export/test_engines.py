@@ -35,6 +35,7 @@ from uc3d_rt.engines import (
     this_machine,
 )
 from uc3d_rt.errors import BackendError, BundleError, OutputError, UsageError
+from uc3d_rt.pipeline import default_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="builds engines; install the extra `engines`")
 
@@ -104,6 +105,10 @@ def test_the_bundle_that_ships(tmp_path: Path) -> None:
         run("build-engines", "--bundle", bundle, "--target", ",".join(TARGETS)).output.count("up to date")
         == 5
     )
+
+
+def test_without_a_name_the_bundle_is_the_one_that_runs() -> None:
+    assert str(default_bundle()) in run("inspect").output.partition("\n")[0]
 
 
 def test_a_second_build_does_nothing(built_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
