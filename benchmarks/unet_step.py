@@ -39,7 +39,7 @@ def main(bundle: Path, modes: tuple[str, ...], calls: int, steps: int) -> None:
         choice = choose(bundle, manifest, "cuda", "onnxruntime")
     except Uc3dError as error:
         raise click.ClickException(str(error)) from error
-    print(f"{choice.name} ({choice.reason})")
+    print(choice)
     sampler = choice.backend.open_sampler(bundle, manifest)
     assert isinstance(sampler, StepSampler)
     inputs = example_inputs(manifest.shape, "unet", 2, seed=1)

@@ -104,8 +104,8 @@ def command(
     except ValueError as error:
         raise UsageError(str(error)) from error
     pipeline = Pipeline.from_bundle(bundle, device, threads, backend)
-    if not quiet:
-        click.echo(f"runs on {pipeline.runs_on}", err=True)
+    if not quiet and pipeline.choice is not None and (pipeline.choice.built or device != "cpu"):
+        click.echo(f"runs on {pipeline.choice}", err=True)
     if threads is not None:
         import numba
 

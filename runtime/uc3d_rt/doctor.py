@@ -70,11 +70,9 @@ def device_lines(bundle: Path, manifest: Manifest) -> Iterator[str]:
     for device in DEVICES:
         try:
             check_provider(device)
-            choice = choose(bundle, manifest, device)
+            yield f"--device {device}: {choose(bundle, manifest, device)}"
         except (BackendError, ImportError) as error:
             yield f"--device {device}: {error}"
-        else:
-            yield f"--device {device}: {choice.name} ({choice.reason})"
 
 
 def machine_lines(machine: Machine | None) -> Iterator[str]:

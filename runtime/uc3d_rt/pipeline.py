@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uc3d_rt.backends.base import Backend, Network, Resource, Sampler
-from uc3d_rt.backends.choice import choose
+from uc3d_rt.backends.choice import Choice, choose
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
 from uc3d_rt.errors import BundleError, UsageError
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
@@ -72,9 +72,11 @@ class Pipeline:
     which many pictures in a row want.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend, runs_on: str = "") -> None:
+    def __init__(
+        self, bundle: Path, manifest: Manifest, backend: Backend, choice: Choice | None = None
+    ) -> None:
         self.bundle = bundle
-        self.runs_on = runs_on  # which backend, and why it, in words
+        self.choice = choice  # which backend it is, and why; None if it was given
         self.manifest = manifest
         self._backend = backend
         self._held: dict[str, Resource] | None = None
@@ -93,7 +95,7 @@ class Pipeline:
             path: folder with `manifest.json`.
             device: "cpu" or "cuda"; never another than the one asked for.
             threads: CPU threads a network may use; None leaves the choice to ONNX Runtime.
-            backend: "auto" takes the fastest that fits the device; `runs_on` says which.
+            backend: "auto" takes the fastest that fits the device; `choice` says which and why.
 
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.
@@ -108,7 +110,7 @@ class Pipeline:
                     "fetch or export it again"
                 )
         choice = choose(bundle, manifest, device, backend, threads)
-        return cls(bundle, manifest, choice.backend, f"{choice.name} ({choice.reason})")
+        return cls(bundle, manifest, choice.backend, choice)
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ from export.fused_graph import Fuser, fused_graph
 from export.graph_writer import MICROSOFT
 from export.onnxruntime_builder import build_part
 from export.plain_graph import plain_graph
+from export.step_graph import step_graph
 from export.typed_graph import folded, relative_error
 from train.presets import TOY
 from uc3d_rt.backends.base import NetworkSampler
@@ -65,14 +66,12 @@ def test_the_unet_is_fused_throughout(bundle: Path) -> None:
 
 
 def test_the_bundle_that_ships() -> None:
-    """Its groups are even, so that every norm is fused; the step with guidance computes the same."""
+    """Its groups are even: every norm of a step is fused."""
     shipped = Path(__file__).parents[2] / "engines/edge"
-    manifest = load_manifest(shipped)
-    data, error = build_part("unet_step_2", shipped / "unet.onnx", manifest, 2)
-    assert 1e-4 < error < 6e-3
-    count = Counter(node.op_type for node in onnx.load_from_string(data).graph.node)
+    model = step_graph(shipped / "unet.onnx", load_manifest(shipped).shape, 2)
+    count = Counter(node.op_type for node in model.graph.node)
     norms = sum(n.op_type == "InstanceNormalization" for n in onnx.load(shipped / "unet.onnx").graph.node)
-    assert count["GroupNorm"] + count["SkipGroupNorm"] == norms
+    assert count["GroupNorm"] + count["SkipGroupNorm"] == norms > 0
     assert not count["LayerNormalization"] and not count["Softmax"] and not count["Conv"]
 
 
@@ -152,14 +151,15 @@ def test_steps_on_the_device_are_the_steps_of_the_host(
     backend, told = OnnxRuntimeEngines(folder, built, device="cpu"), []
     host = NetworkSampler(OnnxRuntimeBackend("cpu").open(bundle, manifest, "unet"))
     with backend.open_sampler(bundle, manifest) as sampler, host:
-        for focal in (0.0, 2.0):  # the second call meets what the first left
+        focals = (0.0, 2.0) if steps == 9 else (2.0,)  # a second call meets what the first left
+        for focal in focals:
             found = sampler(
                 **given, focal=focal, plan=plan, guidance=2.0, guidance_rescale=0.5,
                 on_step=lambda done, total: told.append((done, total)),
             )  # fmt: skip
             expected = host(**given, focal=focal, plan=plan, guidance=2.0, guidance_rescale=0.5)
             assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
-        assert told == [(done, steps) for _ in range(2) for done in range(1, steps + 1)]
+        assert told == [(done, steps) for _ in focals for done in range(1, steps + 1)]
         if any(step.guided for step in plan):
             with pytest.raises(BackendError, match="hold a guidance rescaling of 0.5, not 0"):
                 sampler(**given, focal=0.0, plan=plan, guidance=2.0)

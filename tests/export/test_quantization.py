@@ -1,5 +1,7 @@
 """`quantize`: int8 on a CPU is close to fp32, taken by the runtime, and kept only where it is worth it."""
 
+import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -8,10 +10,9 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-from export import quantization
+from export import quantization, verification
 from export.__main__ import cli
 from export.example_inputs import example_inputs
-from export.verification import verify
 from train.presets import TOY
 from uc3d_rt.backends.choice import choose
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeQuantized
@@ -43,6 +44,11 @@ def times(fp32_ms: float, int8_ms: float) -> object:
     return compared
 
 
+def unchanged(source: Path, target: Path, calls: object) -> None:
+    """In the place of the quantizer, for tests of what comes after it."""
+    shutil.copyfile(source, target)
+
+
 def test_int8_is_made_and_taken(copy: Path, object_png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "_compared_calls", times(2.0, 1.0))  # a toy's time tells nothing
     monkeypatch.setitem(quantization.SAMPLE_LIMIT_DB, "int8", 5.0)  # random weights sample noise
@@ -70,8 +76,11 @@ def test_int8_is_made_and_taken(copy: Path, object_png: Path, monkeypatch: pytes
         assert decoder(latent=np.zeros((1, 4, 8, 8), np.float32))["image"].shape == (1, 3, 32, 32)
 
     assert isinstance(choose(copy, manifest, "cpu", "bundle").backend, OnnxRuntimeBackend)
-    checks = [check for check in verify(copy) if check.form == folder.name]
+    plain_cpu = OnnxRuntimeBackend("cpu")
+    truth = verification.sample(copy, manifest, plain_cpu, 2, 0)
+    checks = list(verification._engine_checks(copy, manifest, plain_cpu, truth, 2, 0))
     assert len(checks) == 2 and not any(check.failed for check in checks)
+    assert {check.form for check in checks} == {folder.name}
 
     (folder / "unet.onnx").write_bytes(b"x")
     found_again = choose(copy, manifest, "cpu")
@@ -80,7 +89,8 @@ def test_int8_is_made_and_taken(copy: Path, object_png: Path, monkeypatch: pytes
 
 
 def test_what_is_slower_is_not_kept(copy: Path, object_png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "_compared_calls", times(1.0, 2.0))
+    monkeypatch.setattr(quantization, "int8_graph", unchanged)
+    monkeypatch.setattr(quantization, "_compared_calls", lambda *_: (0.1, 1.0, 2.0))
     result = run("--bundle", copy, object_png)
     assert (
         result.exit_code == 6
@@ -92,8 +102,10 @@ def test_what_is_slower_is_not_kept(copy: Path, object_png: Path, monkeypatch: p
 def test_what_changes_the_views_is_not_kept(
     copy: Path, object_png: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(quantization, "int8_graph", unchanged)
     monkeypatch.setattr(quantization, "_compared_calls", times(2.0, 1.0))
-    monkeypatch.setitem(quantization.SAMPLE_LIMIT_DB, "int8", 200.0)
+    monkeypatch.setitem(quantization.SAMPLE_LIMIT_DB, "int8", math.inf)
+    monkeypatch.setattr(quantization, "views_psnr", lambda view, true: {"colour": 27.0})
     result = run("--bundle", copy, object_png)
     assert result.exit_code == 6 and "int8 changes the views too much" in result.output
     assert not list((copy / BUILT_NAME).iterdir())

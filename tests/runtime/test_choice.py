@@ -69,7 +69,7 @@ def test_on_a_cpu_the_bundles_own_files_run(bundle: Path, manifest: Manifest) ->
     found = choose(bundle, manifest, "cpu")
     assert isinstance(found.backend, OnnxRuntimeBackend) and found.backend.device == "cpu"
     assert found.name == "the bundle's own files, fp32, cpu"
-    assert "quantize" in Pipeline.from_bundle(bundle).runs_on
+    assert "quantize" in str(Pipeline.from_bundle(bundle).choice) and not found.built
 
 
 @pytest.mark.usefixtures("gpu")
@@ -79,7 +79,7 @@ def test_engines_that_fit_are_taken(bundle: Path, manifest: Manifest) -> None:
     assert isinstance(found.backend, OnnxRuntimeEngines) and found.backend.folder == folder
     assert found.name == "onnxruntime, fp16, cuda" and folder.name in found.reason
     named = choose(bundle, manifest, "cuda", "onnxruntime")
-    assert isinstance(named.backend, OnnxRuntimeEngines)
+    assert isinstance(named.backend, OnnxRuntimeEngines) and named.built
     plain = choose(bundle, manifest, "cuda", "bundle")
     assert isinstance(plain.backend, OnnxRuntimeBackend) and "fp32" in plain.name
 

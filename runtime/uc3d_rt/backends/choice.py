@@ -32,8 +32,12 @@ class Choice:
     """A backend, in words for the user."""
 
     backend: Backend
-    name: str  # "onnxruntime on CUDA, fp16"
+    name: str  # "onnxruntime, fp16, cuda"
     reason: str
+    built: bool = False  # whether it runs more than the bundle's own files
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
 
 
 def choose(
@@ -77,8 +81,9 @@ def _built_choice(folder: Path, engines: EngineSet, device: str, threads: int | 
     if device == "cpu":
         names = ", ".join(engines.engines)
         quantized = OnnxRuntimeQuantized(folder, engines, threads)
-        return Choice(quantized, f"onnxruntime, {names} in {engines.precision}, cpu", reason)
-    return Choice(OnnxRuntimeEngines(folder, engines), f"onnxruntime, {engines.precision}, cuda", reason)
+        return Choice(quantized, f"onnxruntime, {names} in {engines.precision}, cpu", reason, built=True)
+    fused = OnnxRuntimeEngines(folder, engines)
+    return Choice(fused, f"onnxruntime, {engines.precision}, cuda", reason, built=True)
 
 
 def engine_choices(
