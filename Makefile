@@ -23,9 +23,9 @@ types: $(VENV)/ready
 imports: $(VENV)/ready
 	$(BIN)/lint-imports
 
-# A file's tests stay together: they share what is costly to make.
+# A file's tests stay together: they share what is costly to make.  In order: else the few slow ones end alone.
 test: $(VENV)/ready
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 # Needs a CUDA device; the first failure names what is missing.
 test-gpu: $(VENV)/ready
