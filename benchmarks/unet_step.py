@@ -51,24 +51,21 @@ def main(bundle: Path, modes: tuple[str, ...], calls: int, steps: int) -> None:
     step_ms = _line("runtime, step with guidance", sampler.timed_step(calls, guided=True))
     _line("runtime, step without", sampler.timed_step(calls, guided=False))
     for mode, milliseconds in _torch_times(manifest, inputs, modes, calls).items():
-        _line(
-            f"torch {mode}", milliseconds, f"runtime / torch {step_ms / statistics.median(milliseconds):.2f}"
-        )
-    usual = ddim_steps(
-        manifest.schedule, steps, guidance=manifest.sampling.guidance,
-        guidance_interval=manifest.sampling.guidance_interval, first_step_to=manifest.sampling.first_step_to,
+        share = step_ms / statistics.median(milliseconds)
+        _line(f"torch {mode}", milliseconds, f"runtime / torch {share:.2f}")
+    usual = manifest.sampling
+    plan = ddim_steps(
+        manifest.schedule, steps, guidance=usual.guidance, guidance_interval=usual.guidance_interval,
+        first_step_to=usual.first_step_to,
     )  # fmt: skip
-    for name, plan in (
-        (f"{steps} steps, all with guidance", guided),
-        (f"{steps} steps, as the bundle has it", usual),
-    ):
-        milliseconds = _times(lambda plan=plan: sampler(**given, plan=plan, guidance=3.0), 20)  # type: ignore[misc]
-        note = (
-            f"{statistics.median(milliseconds) / (steps * step_ms):.2f} of {steps} x the step"
-            if plan is guided
-            else ""
-        )
-        _line(name, milliseconds, note)
+    rescale = usual.guidance_rescale
+    all_guided = _times(lambda: sampler(**given, plan=guided, guidance=3.0, guidance_rescale=rescale), 20)
+    share = statistics.median(all_guided) / (steps * step_ms)
+    _line(f"{steps} steps, all with guidance", all_guided, f"{share:.2f} of {steps} x the step")
+    as_usual = _times(
+        lambda: sampler(**given, plan=plan, guidance=usual.guidance, guidance_rescale=rescale), 20
+    )
+    _line(f"{steps} steps, as the bundle has it", as_usual)
 
 
 def _times(call: Callable[[], object], calls: int) -> list[float]:

@@ -10,7 +10,7 @@ Needs no torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Fuser(GraphWriter):
         self._inputs = {value.name for value in self.source.input}
         self._done: dict[str, str] = {}  # values in their own layout
         self._done_nhwc: dict[str, str] = {}
-        self._done_norms: dict[tuple[str, bool], str] = {}
+        self._done_norms: dict[tuple[str, bytes, bool], str] = {}
         self.blocks = self._find_blocks()
 
     def model(self) -> onnx.ModelProto:
@@ -245,7 +245,7 @@ class Fuser(GraphWriter):
         return len(norm.gamma) // norm.groups % 2 == 0
 
     def _normed(self, norm: GroupNorm) -> str:
-        key = (norm.source + "|" + str(norm.gamma.tobytes()), norm.silu)
+        key = (norm.source, norm.gamma.tobytes(), norm.silu)
         if key not in self._done_norms:
             fused = self._fusable(norm)
             self._done_norms[key] = self._normed_fused(norm) if fused else self._normed_plainly(norm)
@@ -354,12 +354,7 @@ class Fuser(GraphWriter):
 
     def origin(self, name: str) -> str:
         """The value that another is only a moved or scaled view of."""
-        while name in self.maker and self.maker[name].op_type in VIEWS_ONLY:
-            data = [entry for entry in self.maker[name].input if entry not in self.constants]
-            if len(data) != 1:
-                break
-            name = data[0]
-        return name
+        return origin(name, self.maker, self.constants)
 
     def _silu(self, node: onnx.NodeProto) -> str | None:
         """x of `Mul(x, Sigmoid(x))`."""
@@ -387,6 +382,22 @@ class Fuser(GraphWriter):
         prefixes = [n.name[: -len(BLOCK_MARK)] for n in self.source.node if n.name.endswith(BLOCK_MARK)]
         found = (MultiviewBlock.found(self, prefix) for prefix in prefixes)
         return {block.output: block for block in found if block is not None}
+
+
+def origin(name: str, maker: Mapping[str, onnx.NodeProto], constants: Container[str]) -> str:
+    """The value that another is only a moved or scaled view of.
+
+    Args:
+        name: of a value.
+        maker: the node that makes each value.
+        constants: names of constants.
+    """
+    while name in maker and maker[name].op_type in VIEWS_ONLY:
+        data = [entry for entry in maker[name].input if entry not in constants]
+        if len(data) != 1:
+            break
+        name = data[0]
+    return name
 
 
 def _total(*biases: Array | None) -> Array | None:

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from export.folders import replace_folder
 from export.networks import example_tensors, load_networks
+from export.typed_graph import cpu_session
 from export.weights import store_weights_int8
 from train.checkpoint import load_state
 from train.presets import Preset
@@ -87,24 +89,10 @@ def export_bundle(
             parity=parity,
         )
         save_manifest(manifest, work)
-        _replace(bundle, work)
+        replace_folder(bundle, work)
         return manifest
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _replace(bundle: Path, work: Path) -> None:
-    """Move a whole folder to the bundle's place; the one that was there comes back if that fails."""
-    old = bundle.with_name(f".{bundle.name}.{os.getpid()}.old")
-    if bundle.exists():
-        bundle.rename(old)
-    try:
-        work.rename(bundle)
-    except OSError:
-        if old.exists():
-            old.rename(bundle)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_network(preset: Preset, name: str, network: nn.Module, target: Path) -> None:
@@ -141,15 +129,6 @@ def export_network(preset: Preset, name: str, network: nn.Module, target: Path) 
     onnx.save(model, target)
 
 
-def open_onnx(path: Path) -> Any:
-    """An ONNX Runtime session on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # as the runtime does
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def run_onnx(session: Any, inputs: tuple[torch.Tensor, ...]) -> list[NDArray[np.float32]]:
     """Run a session on inputs in the order of the contract."""
     names = [value.name for value in session.get_inputs()]
@@ -165,7 +144,7 @@ def parity_error(preset: Preset, name: str, network: nn.Module, path: Path) -> f
 
     A value that is no number makes the whole error NaN.
     """
-    session, errors = open_onnx(path), []
+    session, errors = cpu_session(path), []
     for batch in (1, 2):
         inputs = example_tensors(preset, name, batch, seed=batch)
         expected = network(*inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +12,7 @@ from export.example_inputs import example_inputs
 from export.fused_graph import fused_graph
 from export.plain_graph import plain_graph
 from export.step_graph import PLAN_ROWS, context_graph, step_graph, time_graph
-from export.typed_graph import relative_error, rounded_session
+from export.typed_graph import cpu_session, relative_error, rounded_session
 from uc3d_rt.contract import Manifest
 from uc3d_rt.sampler import guided
 
@@ -65,7 +64,7 @@ def step_error(model: onnx.ModelProto, source: Path, manifest: Manifest, batch: 
         "focal": np.full(batch, times["focal"][row]),
     }
     keep, add, scale = 0.7, -0.8, 2.5
-    predictions = _session(source).run(None, inputs)[0].reshape(batch, *z.shape)
+    predictions = cpu_session(source).run(None, inputs)[0].reshape(batch, *z.shape)
     change = predictions[0]
     if batch == 2:
         change = guided(predictions[0], predictions[1], scale, manifest.sampling.guidance_rescale)
@@ -74,8 +73,8 @@ def step_error(model: onnx.ModelProto, source: Path, manifest: Manifest, batch: 
     plan[row] = [keep, add] if batch == 1 else [keep, add * scale, add * (1.0 - scale)]
     context = context_graph(source, shape)
     names = [output.name for output in context.graph.output]
-    given = dict(zip(names, _session(context).run(names, {"tokens": inputs["tokens"]}), strict=True))
-    given["time_table"] = _session(time_graph(source, shape)).run(None, times)[0]
+    given = dict(zip(names, cpu_session(context).run(names, {"tokens": inputs["tokens"]}), strict=True))
+    given["time_table"] = cpu_session(time_graph(source, shape)).run(None, times)[0]
     given |= {
         "z": z, "step": np.array([row]), "plan": plan, "image_latent": inputs["image_latent"]
     }  # fmt: skip
@@ -99,18 +98,8 @@ def _rounding(model: onnx.ModelProto, inputs: dict[str, FloatArray]) -> float:
     for output in exact.graph.output:
         made[output.name].attribute[0].i = onnx.TensorProto.FLOAT
         output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    pairs = zip(_session(model).run(None, inputs), _session(exact).run(None, inputs), strict=True)
+    pairs = zip(cpu_session(model).run(None, inputs), cpu_session(exact).run(None, inputs), strict=True)
     return float(np.max([np.linalg.norm(found - true) / np.linalg.norm(true) for found, true in pairs]))
-
-
-def _session(model: onnx.ModelProto | Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    given = str(model) if isinstance(model, Path) else _bytes(model)
-    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
 
 def _bytes(model: onnx.ModelProto) -> bytes:

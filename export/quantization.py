@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from export.folders import replace_folder
 from export.typed_graph import folded
 from export.verification import SAMPLE_LIMIT_DB, views_psnr
 from uc3d_rt.backends.base import Backend, Network
@@ -199,18 +201,12 @@ def _compared_calls(
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """A folder that appears at its place when all in it is right, and not otherwise."""
-    import shutil
-
     work = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
         work.mkdir(parents=True)
         yield work
-        if target.exists():
-            target.rename(old)
-        work.rename(target)
+        replace_folder(target, work)
     except OSError as error:
         raise OutputError(f"cannot write to {target.parent} ({error.strerror or error})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

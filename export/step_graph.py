@@ -1,6 +1,6 @@
 """A whole DDIM step with guidance as one graph, and what need not be computed in every step as two others.
 
-Of a UNet whose views share one picture, three things do not depend on the noise: what time and focal
+Of a UNet whose views share one picture, some things do not depend on the noise: what time and focal
 length become in every residual block, and the keys and values of the image tokens.  Cut out, they are
 computed once a sample; what is left takes z_t and gives z_{t-1}, so that nothing leaves the device
 between steps:
@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from export.fused_graph import VIEWS_ONLY, Fuser, in_half
+from export.fused_graph import Fuser, in_half, origin
 from export.graph_writer import GraphWriter
 from export.typed_graph import folded
 from uc3d_rt.contract import ModelShape
@@ -184,13 +184,11 @@ def find_cuts(model: onnx.ModelProto) -> Cuts:
         if not any(name in noisy for name in node.input):
             continue
         for name in node.input:
-            while name in maker and name not in noisy and maker[name].op_type in VIEWS_ONLY:
-                data = [entry for entry in maker[name].input if entry not in constants]
-                if len(data) != 1:
-                    break
-                name = data[0]
+            if name in noisy:
+                continue
+            name = origin(name, maker, constants)
             made = maker.get(name)
-            if made is not None and name not in noisy and made.op_type in ("Gemm", "MatMul"):
+            if made is not None and made.op_type in ("Gemm", "MatMul"):
                 found[name] = None
     cuts = Cuts(tuple(n for n in found if n in timed), tuple(n for n in found if n not in timed))
     if not cuts.time or not cuts.context:

@@ -104,7 +104,7 @@ def command(
     except ValueError as error:
         raise UsageError(str(error)) from error
     pipeline = Pipeline.from_bundle(bundle, device, threads, backend)
-    if not quiet and pipeline.choice is not None and (pipeline.choice.built or device != "cpu"):
+    if not quiet and pipeline.choice is not None and (pipeline.choice.notable or device != "cpu"):
         click.echo(f"runs on {pipeline.choice}", err=True)
     if threads is not None:
         import numba

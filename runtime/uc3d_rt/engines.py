@@ -165,10 +165,11 @@ def misfits(
         installed: version of the library that opens them, None if it is not installed.
     """
     reasons = []
+    on_cpu = engines.targets == (CPU,)  # in the place of some files; the bundle's own serve for the others
     for network, entry in manifest.networks.items():
-        for part in (network,) if engines.targets == (CPU,) else parts_of(engines.backend, network):
+        for part in (network,) if on_cpu else parts_of(engines.backend, network):
             built = engines.engines.get(part)
-            if built is None and engines.targets == (CPU,):
+            if built is None and on_cpu:
                 continue
             if built is None:
                 reasons.append(f"{part} was not built")
@@ -182,7 +183,7 @@ def misfits(
         reasons.append(f"{engines.backend} is not installed")
     elif installed != engines.version:
         reasons.append(f"built by {engines.backend} {engines.version}, installed is {installed}")
-    if engines.targets == (CPU,):
+    if on_cpu:
         return reasons
     if machine is None:
         reasons.append("no NVIDIA GPU was found")

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from export import onnx_bundle
 from export.__main__ import cli
 from export.networks import example_tensors, load_networks
-from export.onnx_bundle import ParityError, export_bundle, open_onnx, parity_error, run_onnx
+from export.onnx_bundle import ParityError, export_bundle, parity_error, run_onnx
+from export.typed_graph import cpu_session
 from train.presets import TOY
 from uc3d_rt.contract import NETWORK_NAMES, SamplingDefaults, load_manifest, network_specs, sha256_of
 
@@ -60,7 +61,7 @@ def test_graphs_keep_the_contract(bundle: Path) -> None:
 
 def test_batches_of_one_two_and_three_objects(checkpoint: Path, bundle: Path) -> None:
     _, networks = load_networks(checkpoint)
-    session = open_onnx(bundle / "unet.onnx")
+    session = cpu_session(bundle / "unet.onnx")
     for batch in (1, 2, 3):  # the graph was traced with two
         inputs = example_tensors(TOY, "unet", batch, seed=5)
         (found,) = run_onnx(session, inputs)
@@ -72,7 +73,7 @@ def test_batches_of_one_two_and_three_objects(checkpoint: Path, bundle: Path) ->
 
 def test_decoder_output_is_clipped(bundle: Path) -> None:
     latent = 100 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    (image,) = run_onnx(open_onnx(bundle / "vae_decoder.onnx"), (latent,))
+    (image,) = run_onnx(cpu_session(bundle / "vae_decoder.onnx"), (latent,))
     assert image.min() >= 0.0 and image.max() <= 1.0
 
 

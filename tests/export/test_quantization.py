@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from export import quantization, verification
 from export.__main__ import cli
 from export.example_inputs import example_inputs
+from export.folders import replace_folder
 from train.presets import TOY
 from uc3d_rt.backends.choice import choose
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeQuantized
@@ -115,3 +116,21 @@ def test_bad_input(copy: Path, tmp_path: Path) -> None:
     assert run("--bundle", copy, tmp_path / "none.png").exit_code == 3
     assert run("--bundle", tmp_path / "none", tmp_path / "none.png").exit_code == 4
     assert run("--bundle", copy).exit_code == 2
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, work = tmp_path / "int8", tmp_path / "work"
+    for folder in (target, work):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    rename = Path.rename
+
+    def refusing(path: Path, to: Path) -> Path:
+        if path == work:
+            raise OSError("refused")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(OSError, match="refused"):
+        replace_folder(target, work)
+    assert (target / "name").read_text() == "int8"

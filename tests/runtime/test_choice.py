@@ -69,7 +69,7 @@ def test_on_a_cpu_the_bundles_own_files_run(bundle: Path, manifest: Manifest) ->
     found = choose(bundle, manifest, "cpu")
     assert isinstance(found.backend, OnnxRuntimeBackend) and found.backend.device == "cpu"
     assert found.name == "the bundle's own files, fp32, cpu"
-    assert "quantize" in str(Pipeline.from_bundle(bundle).choice) and not found.built
+    assert "quantize" in str(Pipeline.from_bundle(bundle).choice) and not found.notable
 
 
 @pytest.mark.usefixtures("gpu")
@@ -79,7 +79,7 @@ def test_engines_that_fit_are_taken(bundle: Path, manifest: Manifest) -> None:
     assert isinstance(found.backend, OnnxRuntimeEngines) and found.backend.folder == folder
     assert found.name == "onnxruntime, fp16, cuda" and folder.name in found.reason
     named = choose(bundle, manifest, "cuda", "onnxruntime")
-    assert isinstance(named.backend, OnnxRuntimeEngines) and named.built
+    assert isinstance(named.backend, OnnxRuntimeEngines) and named.notable
     plain = choose(bundle, manifest, "cuda", "bundle")
     assert isinstance(plain.backend, OnnxRuntimeBackend) and "fp32" in plain.name
 
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_named_with_its_reason(bundle: Path, manifest: Mani
     assert isinstance(found.backend, OnnxRuntimeBackend) and found.backend.device == "cuda"
     assert "fp32" in found.name
     assert "built by onnxruntime 1.30.0, installed is 1.31.1" in found.reason
-    assert "does not open tensorrt-rtx engines yet" in found.reason
+    assert "does not open tensorrt-rtx engines yet" in found.reason and found.notable
     assert "python -m export build-engines --backend onnxruntime" in found.reason
     with pytest.raises(BackendError, match="nothing that fits --device cuda .*1.30.0.*build-engines"):
         choose(bundle, manifest, "cuda", "onnxruntime")

@@ -34,7 +34,7 @@ class Choice:
     backend: Backend
     name: str  # "onnxruntime, fp16, cuda"
     reason: str
-    built: bool = False  # whether it runs more than the bundle's own files
+    notable: bool = False  # more than the bundle's own files, or they for want of what fits
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -70,7 +70,7 @@ def choose(
     lacks = "; ".join(unfit) or "nothing was built for it"
     if backend != "auto":
         raise BackendError(f"{backend} has nothing that fits --device {device} ({lacks}); {MENDS[device]}")
-    return Choice(plain.backend, plain.name, f"{lacks}; for speed {MENDS[device]}")
+    return Choice(plain.backend, plain.name, f"{lacks}; for speed {MENDS[device]}", notable=bool(unfit))
 
 
 def _built_choice(folder: Path, engines: EngineSet, device: str, threads: int | None) -> Choice:
@@ -81,9 +81,9 @@ def _built_choice(folder: Path, engines: EngineSet, device: str, threads: int | 
     if device == "cpu":
         names = ", ".join(engines.engines)
         quantized = OnnxRuntimeQuantized(folder, engines, threads)
-        return Choice(quantized, f"onnxruntime, {names} in {engines.precision}, cpu", reason, built=True)
+        return Choice(quantized, f"onnxruntime, {names} in {engines.precision}, cpu", reason, notable=True)
     fused = OnnxRuntimeEngines(folder, engines)
-    return Choice(fused, f"onnxruntime, {engines.precision}, cuda", reason, built=True)
+    return Choice(fused, f"onnxruntime, {engines.precision}, cuda", reason, notable=True)
 
 
 def engine_choices(

@@ -135,9 +135,7 @@ class StepSampler(Sampler):
             )
         with explained("unet"):
             for objects in sorted({2 if step.guided else 1 for step in plan}):
-                if objects not in self._loops:
-                    self._loops[objects] = self._opened(objects)
-                self._loops[objects].set_condition(tokens, image_latent)
+                self._loop(objects).set_condition(tokens, image_latent)
             at = 0
             self._z[at].update_inplace(np.ascontiguousarray(z_T, np.float32))
             for first in range(0, len(plan), self._rows):
@@ -154,14 +152,11 @@ class StepSampler(Sampler):
 
     def timed_step(self, calls: int, guided: bool) -> list[float]:
         """Milliseconds of single steps, each ended before the next begins, for benchmarks."""
-        objects = 2 if guided else 1
-        if objects not in self._loops:
-            self._loops[objects] = self._opened(objects)
-        times = []
+        loop, times = self._loop(2 if guided else 1), []
         for _ in range(calls):
             self._step[0].update_inplace(np.zeros(1, np.int64))
             started = time.perf_counter()
-            self._loops[objects].run(0)
+            loop.run(0)
             times.append(1e3 * (time.perf_counter() - started))
         return times
 
@@ -177,6 +172,12 @@ class StepSampler(Sampler):
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), self._device, 0)
+
+    def _loop(self, objects: int) -> _Loop:
+        """The step for 1 object or for 2, opened when first asked for."""
+        if objects not in self._loops:
+            self._loops[objects] = self._opened(objects)
+        return self._loops[objects]
 
     def _opened(self, objects: int) -> _Loop:
         """The step for 1 object or for 2, bound to its places on the device."""
