@@ -1,6 +1,6 @@
 """Time one training step of the multiview model on random latents.
 
-    python benchmarks/train_step.py [--profile edge] [--batch 64] [--compile] [--channels-last]
+    python benchmarks/train_step.py [--profile edge] [--batch 64] [--compile blocks] [--channels-last]
     python -m torch.distributed.run --nproc_per_node 4 benchmarks/train_step.py ... [--bf16-gradients]
 
 Prints objects a second of all processes (median of the timed steps, after warm-up), the processor's
@@ -17,8 +17,9 @@ import torch
 
 from train.cache import LatentCache
 from train.model import MultiviewModel
+from train.optimizer import build_optimizers
 from train.presets import PRESETS
-from train.trainer import compile_blocks, make_accelerator, step_generator
+from train.trainer import compile_model, make_accelerator, step_generator, update_average
 from train.vae import Vae
 
 
@@ -26,12 +27,14 @@ from train.vae import Vae
 @click.option("--profile", type=click.Choice(sorted(PRESETS)), default="edge", show_default=True)
 @click.option("--batch", type=int, help="Objects a step; default: the preset's.")
 @click.option("--steps", default=20, show_default=True)
-@click.option("--compile", "compile_", is_flag=True)
+@click.option("--compile", "part", type=click.Choice(["blocks", "unet"]))
 @click.option("--channels-last", is_flag=True)
 @click.option("--bf16-gradients", is_flag=True, help="With several processes: exchange them in bfloat16.")
+@click.option("--kernels", default=0, help="Print this many of the kernels that take longest.")
 def main(
-    profile: str, batch: int | None, steps: int, compile_: bool, channels_last: bool, bf16_gradients: bool
-) -> None:
+    profile: str, batch: int | None, steps: int, part: str | None, channels_last: bool, bf16_gradients: bool,
+    kernels: int,
+) -> None:  # fmt: skip
     preset = PRESETS[profile]
     accelerator = make_accelerator(bf16_gradients)
     device = accelerator.device
@@ -40,8 +43,8 @@ def main(
     model, vae = MultiviewModel(preset).to(device), Vae(preset.vae).to(device).requires_grad_(False)
     if channels_last:
         model.unet = model.unet.to(memory_format=torch.channels_last)
-    if compile_:
-        compile_blocks(model)
+    if part is not None:
+        compile_model(model, part)
     count, shape = 128, preset.shape
     latent = torch.randn(count, 6, 2 * shape.latent_channels, shape.latent_px, shape.latent_px, device=device)
     picture = torch.randint(
@@ -55,19 +58,29 @@ def main(
         focal=torch.zeros(count, 1, device=device),
         objects=count,
     )
-    optimizer = torch.optim.AdamW(model.parameters(), fused=half)
+    parameters = list(model.parameters())
+    train = preset.train
+    optimizers = build_optimizers(parameters, train.optimizer, train.lr, train.weight_decay)
+    average: dict[str, torch.Tensor] = {}
     size = batch or preset.train.batch
     times: list[float] = []
     queueing: list[float] = []
     begin = time.perf_counter()
-    for step in range(steps + 5):
-        start = time.perf_counter()
+
+    def one_step(step: int) -> None:
         generator = step_generator(device, 0, 0, step)
         with accelerator.autocast():
             losses = wrapped(cache.draw(size, generator), vae, generator)
         losses["total"].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_average(average, model, train.ema_decay)
+
+    for step in range(steps + 5):
+        start = time.perf_counter()
+        one_step(step)
         queued = time.perf_counter() - start
         if half:
             torch.cuda.synchronize()
@@ -79,13 +92,19 @@ def main(
     median = statistics.median(times)
     memory = torch.cuda.max_memory_allocated() / 2**30 if half else float("nan")
     accelerator.print(
-        f"{profile} batch {accelerator.num_processes} x {size} compile={compile_} "
+        f"{profile} batch {accelerator.num_processes} x {size} compile={part} "
         f"channels_last={channels_last} bf16_gradients={bf16_gradients}: {1e3 * median:.1f} ms a step "
         f"(queued after {1e3 * statistics.median(queueing):.1f}), "
         f"{accelerator.num_processes * size / median:.0f} objects/s, "
         f"warm-up {warm:.0f} s, peak {memory:.1f} GiB",
         flush=True,
     )
+    if kernels:
+        with torch.profiler.profile() as profiler:
+            for step in range(3):
+                one_step(steps + 5 + step)
+        averages = profiler.key_averages()
+        accelerator.print(averages.table(sort_by="self_device_time_total", row_limit=kernels))
 
 
 if __name__ == "__main__":

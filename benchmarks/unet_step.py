@@ -5,14 +5,14 @@
 
 torch runs the same network, fp16, channels last, its weights random: eagerly and compiled.  Each is
 warmed up and synchronised at every call; medians.  The runtime's step is the whole step: UNet, guidance
-and DDIM, as a CUDA graph.  The last lines time all steps of a sample as users run them.
+and DDIM, as a CUDA graph; two lines time all steps of a sample as users run them.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -40,6 +40,7 @@ def main(bundle: Path, modes: tuple[str, ...], calls: int, steps: int) -> None:
     except Uc3dError as error:
         raise click.ClickException(str(error)) from error
     print(choice)
+    free = _free_memory()
     sampler = choice.backend.open_sampler(bundle, manifest)
     assert isinstance(sampler, StepSampler)
     inputs = example_inputs(manifest.shape, "unet", 2, seed=1)
@@ -50,9 +51,6 @@ def main(bundle: Path, modes: tuple[str, ...], calls: int, steps: int) -> None:
     guided = ddim_steps(manifest.schedule, steps, guidance=3.0)
     step_ms = _line("runtime, step with guidance", sampler.timed_step(calls, guided=True))
     _line("runtime, step without", sampler.timed_step(calls, guided=False))
-    for mode, milliseconds in _torch_times(manifest, inputs, modes, calls).items():
-        share = step_ms / statistics.median(milliseconds)
-        _line(f"torch {mode}", milliseconds, f"runtime / torch {share:.2f}")
     usual = manifest.sampling
     plan = ddim_steps(
         manifest.schedule, steps, guidance=usual.guidance, guidance_interval=usual.guidance_interval,
@@ -66,6 +64,10 @@ def main(bundle: Path, modes: tuple[str, ...], calls: int, steps: int) -> None:
         lambda: sampler(**given, plan=plan, guidance=usual.guidance, guidance_rescale=rescale), 20
     )
     _line(f"{steps} steps, as the bundle has it", as_usual)
+    print(f"GPU memory of the UNet with its CUDA graphs: {(free - _free_memory()) / 2**20:.0f} MiB")
+    for mode, milliseconds in _torch_times(manifest, inputs, modes, calls):
+        share = step_ms / statistics.median(milliseconds)
+        _line(f"torch {mode}", milliseconds, f"runtime / torch {share:.2f}")
 
 
 def _times(call: Callable[[], object], calls: int) -> list[float]:
@@ -80,6 +82,14 @@ def _times(call: Callable[[], object], calls: int) -> list[float]:
     return found
 
 
+def _free_memory() -> int:
+    """Bytes free on the GPU; other programs on it are in the difference of two of these."""
+    import torch
+
+    torch.cuda.synchronize()
+    return int(torch.cuda.mem_get_info()[0])
+
+
 def _line(name: str, milliseconds: list[float], note: str = "") -> float:
     median = statistics.median(milliseconds)
     low, high = np.percentile(milliseconds, [10, 90])
@@ -89,7 +99,7 @@ def _line(name: str, milliseconds: list[float], note: str = "") -> float:
 
 def _torch_times(
     manifest: Manifest, inputs: dict[str, np.ndarray], modes: tuple[str, ...], calls: int
-) -> dict[str, list[float]]:
+) -> Iterator[tuple[str, list[float]]]:
     import torch
 
     from train.multiview_unet import MultiviewUNet
@@ -107,11 +117,10 @@ def _torch_times(
         return run
 
     with torch.no_grad():
-        found = {"eager": _times(call(unet), calls)}
+        yield "eager", _times(call(unet), calls)
         for mode in modes:
             torch._dynamo.reset()
-            found[f"compile, {mode}"] = _times(call(torch.compile(unet, mode=mode)), calls)
-    return found
+            yield f"compile, {mode}", _times(call(torch.compile(unet, mode=mode)), calls)
 
 
 if __name__ == "__main__":

@@ -229,8 +229,9 @@ def cache(
 @click.option("--save-every", default=1000, show_default=True, help="Steps between checkpoints.")
 @click.option("--sheet-every", default=1000, show_default=True, help="Steps between sample sheets.")
 @click.option(
-    "--compile", "compile_", is_flag=True, help="Compile the repeated blocks (minutes at the start)."
-)
+    "--compile", "compile_", type=click.Choice(["blocks", "unet"]),
+    help="Compile the UNet's repeated blocks, or all of it at once (minutes at the start).",
+)  # fmt: skip
 @click.option("--bf16-gradients", is_flag=True, help="Processes exchange gradients in bfloat16.")
 @click.option(
     "--growing-cache",
@@ -248,7 +249,7 @@ def model(
     profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path, objects: Path | None,
     out: Path, steps: int | None, minutes: float | None, batch: int | None, lr: float | None,
     lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int, sheet_every: int,
-    compile_: bool, bf16_gradients: bool, growing_cache: bool, gradient_checkpointing: bool | None,
+    compile_: str | None, bf16_gradients: bool, growing_cache: bool, gradient_checkpointing: bool | None,
     resume: bool, start_from: Path | None,
 ) -> None:  # fmt: skip
     """Train the regularised multiview model on cached latents (Eq. 18)."""

@@ -63,7 +63,7 @@ class RunOptions:
     save_every: int = 1000
     sheet_every: int = 1000
     log_every: int = 20
-    compile: bool = False
+    compile: str | None = None  # "blocks" or "unet": see `compile_model`
     bf16_gradients: bool = False  # processes exchange gradients in bfloat16: half the bytes
     resume: bool = False
     start_from: Path | None = None  # begin with another checkpoint's EMA weights
@@ -220,14 +220,21 @@ def update_average(average: dict[str, Tensor], model: torch.nn.Module, decay: fl
     )
 
 
-def compile_blocks(model: MultiviewModel) -> None:
-    """Compile the repeated blocks: most of the gain of compiling the whole network, in less time."""
+def compile_model(model: MultiviewModel, part: str) -> None:
+    """Compile the UNet's repeated blocks each, or the UNet as one, and the image encoder's blocks.
+
+    Args:
+        part: "blocks" or "unet".
+    """
     from diffusers.models.resnet import ResnetBlock2D
 
     torch._dynamo.config.recompile_limit = 64
-    for module in model.unet.modules():
-        if isinstance(module, ResnetBlock2D | MultiviewBlock):
-            module.compile(dynamic=False)
+    if part == "unet":
+        model.unet.unet.compile(dynamic=False)
+    else:
+        for module in model.unet.modules():
+            if isinstance(module, ResnetBlock2D | MultiviewBlock):
+                module.compile(dynamic=False)
     for block in model.encoder.blocks:
         block.compile(dynamic=False)
 
@@ -283,7 +290,7 @@ def train_model(
     elif options.start_from is not None:
         load_weights(model, options.start_from / "ema.safetensors", "give the folder of a checkpoint")
     if options.compile:
-        compile_blocks(model)
+        compile_model(model, options.compile)
     wrapped = accelerator.prepare_model(model)
     if accelerator.is_main_process:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -67,5 +67,5 @@ fi
 resume=()
 [ -e "$out/edge/checkpoint/state.json" ] && resume=(--resume)
 python3 -m torch.distributed.run --nproc_per_node="$gpus" -m train model --vae "$out/vae" --cache "$cache" \
-  --growing-cache --objects "$objects" --out "$out/edge" --batch 128 --compile \
+  --growing-cache --objects "$objects" --out "$out/edge" --batch 128 --compile blocks \
   "${resume[@]:+${resume[@]}}" "$@"
