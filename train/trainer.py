@@ -230,6 +230,8 @@ def compile_model(model: MultiviewModel, part: str) -> None:
 
     torch._dynamo.config.recompile_limit = 64
     if part == "unet":
+        # One graph also where gradients are exchanged: it is not cut at their buckets.
+        torch._dynamo.config.optimize_ddp = False
         model.unet.unet.compile(dynamic=False)
     else:
         for module in model.unet.modules():
