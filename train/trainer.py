@@ -99,33 +99,32 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, final: float)
 class Planner:
     """Fixes the number of steps: given, or what fits into the minutes at the speed measured.
 
-    The speed is taken between two steps of every `every`, so that a run that grows faster or slower
-    still ends in time.
+    The speed is the mean since the first look, when compiling is over: other work on the machine
+    comes and goes, and a few slow steps must not end a run early.
     """
 
-    def __init__(
-        self, steps: int, minutes: float | None, measure: tuple[int, int] = (200, 320), every: int = 1000
-    ) -> None:
-        self.total, self.minutes, self.measure, self.every = steps, minutes, measure, every
+    def __init__(self, steps: int, minutes: float | None, first: int = 200, every: int = 120) -> None:
+        self.total, self.minutes, self.first, self.every = steps, minutes, first, every
         self.begin = self.mark = time.monotonic()
 
     def update(self, step: int, accelerator: Accelerator) -> None:
         """Call after every step of a run that counts from 0; the main process decides for all."""
-        if self.minutes is None:
+        since = step - self.first
+        if self.minutes is None or since < 0 or since % self.every:
             return
-        at = step % self.every
-        if at in self.measure and accelerator.device.type == "cuda":
+        if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        if at == self.measure[0]:
-            self.mark = time.monotonic()
-        if at == self.measure[1]:
-            now = time.monotonic()
-            rate = (self.measure[1] - self.measure[0]) / (now - self.mark)
-            left = self.minutes * 60 - (now - self.begin)
-            decided = torch.tensor([step + max(1, int(rate * left))], device=accelerator.device)
-            if accelerator.num_processes > 1:
-                torch.distributed.broadcast(decided, 0)
-            self.total = int(decided.item())
+        now = time.monotonic()
+        if since == 0:
+            self.mark = now
+            return
+        rate = since / (now - self.mark)
+        left = self.minutes * 60 - (now - self.begin)
+        decided = torch.tensor([step + max(1, int(rate * left))], device=accelerator.device)
+        if accelerator.num_processes > 1:
+            torch.distributed.broadcast(decided, 0)
+        self.total = int(decided.item())
+        if since == self.every or since % (10 * self.every) == 0:
             accelerator.print(
                 f"{rate:.2f} steps/s: {self.total} steps fit into {self.minutes} minutes", flush=True
             )
