@@ -15,14 +15,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from export.data_file import graph_bytes
 from export.example_inputs import example_inputs
-from export.onnxruntime_builder import build_part
+from export.onnxruntime_builder import build_part, data_file
 from export.step_graph import PLAN_ROWS
 from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, known_targets, library
 from export.typed_graph import WEIGHTS, relative_error, typed_graph
@@ -30,10 +31,12 @@ from uc3d_rt.contract import (
     NETWORK_NAMES,
     Manifest,
     ModelShape,
+    WeightsFile,
     load_manifest,
     network_specs,
     sha256_of,
     verified_network_path,
+    weights_fault,
 )
 from uc3d_rt.engines import (
     BUILT_NAME,
@@ -65,6 +68,7 @@ class BuildOptions:
     weights: str = "fp16"
     timing_cache: Path | None = None
     jobs: int = 2
+    check: bool = True  # hold every engine's graph against the bundle's network on the CPU
 
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *LIBRARIES):
@@ -82,6 +86,7 @@ class Job:
     name: str
     source: Path
     source_sha256: str
+    source_bytes: int  # with the weights beside it
     batches: tuple[int, ...]
     key: str
     target: Path
@@ -106,9 +111,15 @@ class Built:
 
     sha256: str
     bytes: int
-    relative_error: float
+    relative_error: float | None  # None = not checked
     prepare_s: float
     build_s: float
+    weights: WeightsFile | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """With the weights beside it."""
+        return self.bytes + (self.weights.bytes if self.weights else 0)
 
 
 def plan_build(options: BuildOptions) -> Plan:
@@ -143,9 +154,10 @@ def plan_build(options: BuildOptions) -> Plan:
     if (folder / ENGINES_NAME).is_file():
         now = load_engine_set(folder)
     jobs = []
+    sources = {name: verified_network_path(options.bundle, manifest, name) for name in manifest.networks}
     for part, batches in engine_batches(manifest.shape, backend).items():
         network = next(name for name in manifest.networks if part in parts_of(backend, name))
-        source = verified_network_path(options.bundle, manifest, network)
+        source = sources[network]
         entry = manifest.networks[network]
         # A step with guidance holds its rescaling.
         rescale = manifest.sampling.guidance_rescale if part == "unet_step_2" else 0.0
@@ -153,7 +165,10 @@ def plan_build(options: BuildOptions) -> Plan:
         target = folder / f"{part}{LIBRARIES[backend].suffix}"
         old = now.engines.get(part)
         done = old is not None and old.key == key and target.is_file() and sha256_of(target) == old.sha256
-        jobs.append(Job(part, source, entry.sha256, batches, key, target, done))
+        if old is not None and done:
+            checked = old.relative_error is not None or not options.check
+            done = checked and weights_fault(old.weights, folder) is None
+        jobs.append(Job(part, source, entry.sha256, entry.total_bytes, batches, key, target, done))
     return Plan(options, reason, manifest, folder, now, tuple(jobs))
 
 
@@ -205,7 +220,7 @@ def build(plan: Plan, on_event: Callable[[str, Job, Built | None], None] | None 
     """
     tell = on_event or (lambda event, job, result: None)
     # The longest first, so that no worker is left alone with it at the end.
-    waiting = sorted((job for job in plan.jobs if not job.done), key=lambda job: -job.source.stat().st_size)
+    waiting = sorted((job for job in plan.jobs if not job.done), key=lambda job: -job.source_bytes)
     engines = plan.engines
     if not waiting:
         return engines
@@ -218,15 +233,26 @@ def build(plan: Plan, on_event: Callable[[str, Job, Built | None], None] | None 
                 workers.start(job)
                 tell("start", job, None)
             for job, built in workers.finished():
+                if built.weights is not None:  # named by what it holds: it changes nothing for other engines
+                    os.replace(_weights(job), plan.folder / built.weights.file)
                 os.replace(_temporary(job), job.target)
                 entry = EngineFile(
                     job.target.name, built.sha256, built.bytes, job.source_sha256, job.key, job.batches,
-                    built.relative_error,
+                    built.relative_error, built.weights,
                 )  # fmt: skip
                 engines = replace(engines, engines={**engines.engines, job.name: entry})
                 save_engine_set(engines, plan.folder)
                 tell("done", job, built)
+        _remove_unread(engines, plan.folder)
     return engines
+
+
+def _remove_unread(engines: EngineSet, folder: Path) -> None:
+    """Remove weights that no engine refers to any more."""
+    read = {engine.weights.file for engine in engines.engines.values() if engine.weights is not None}
+    for path in folder.glob("weights-*.bin"):
+        if path.name not in read:
+            path.unlink()
 
 
 class _Workers:
@@ -245,11 +271,13 @@ class _Workers:
             process.kill()
             process.join()
             _temporary(job).unlink(missing_ok=True)
+            _weights(job).unlink(missing_ok=True)
             _log(job).unlink(missing_ok=True)
 
     def start(self, job: Job) -> None:
         receiver, sender = self._spawn.Pipe(duplex=False)
-        arguments = (sender, job, self.plan.options, self.plan.manifest, _temporary(job), _log(job))
+        paths = (_temporary(job), _weights(job), _log(job))
+        arguments = (sender, job, self.plan.options, self.plan.manifest, *paths)
         process = self._spawn.Process(target=_work, args=arguments, name=f"build {job.name}")
         process.start()
         sender.close()  # the worker's end; ours tells when it dies
@@ -276,7 +304,7 @@ class _Workers:
 
 def _work(
     sender: multiprocessing.connection.Connection, job: Job, options: BuildOptions, manifest: Manifest,
-    target: Path, log: Path,
+    target: Path, weights: Path, log: Path,
 ) -> None:  # fmt: skip
     """Build one engine into `target`, in a process of its own; sends `Built` or an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
@@ -285,7 +313,7 @@ def _work(
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, sys.stdout.fileno())
         os.dup2(handle, sys.stderr.fileno())
-        sender.send(_built(job, options, manifest, target))
+        sender.send(_built(job, options, manifest, target, weights))
     except Uc3dError as error:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -301,12 +329,10 @@ def _work(
         sender.send(BackendError(f"{job.name}: memory ran out; use fewer --jobs"))
 
 
-def _built(job: Job, options: BuildOptions, manifest: Manifest, target: Path) -> Built:
+def _built(job: Job, options: BuildOptions, manifest: Manifest, target: Path, weights: Path) -> Built:
     started, shape = time.perf_counter(), manifest.shape
     if options.backend == "onnxruntime":
-        engine, error = build_part(job.name, job.source, manifest, max(job.batches))
-        _check_error(error)
-        return _written(engine, target, error, started, time.perf_counter())
+        return _fused(job, options, manifest, target, weights)
     sizes, profiles = {}, []
     spec = network_specs(shape)[job.name]
     all_sizes = [{"batch": batch, "samples": batch * shape.views} for batch in job.batches]
@@ -321,7 +347,7 @@ def _built(job: Job, options: BuildOptions, manifest: Manifest, target: Path) ->
     model = typed_graph(job.source, sizes, options.weights)
     steps = manifest.schedule.train_steps
     inputs = example_inputs(shape, job.name, min(job.batches), seed=1, train_steps=steps)
-    error = relative_error(job.source, model, [inputs])
+    error = relative_error(job.source, model, [inputs]) if options.check else None
     _check_error(error)
     prepared = time.perf_counter()
     engine = build_engine(
@@ -331,15 +357,32 @@ def _built(job: Job, options: BuildOptions, manifest: Manifest, target: Path) ->
     return _written(engine, target, error, started, prepared)
 
 
-def _check_error(error: float) -> None:
-    if not error <= ERROR_LIMIT:
+def _fused(job: Job, options: BuildOptions, manifest: Manifest, target: Path, weights: Path) -> Built:
+    """An engine for ONNX Runtime, with large weights in a file of their own."""
+    started = time.perf_counter()
+    data = data_file(job.source, weights)
+    with data or nullcontext():
+        model, error = build_part(job.name, job.source, manifest, max(job.batches), data, options.check)
+        _check_error(error)
+        prepared = time.perf_counter()
+        record = None if data is None else data.record()
+        if data is None or record is None:
+            engine = bytes(model.SerializeToString(deterministic=True))
+            return _written(engine, target, error, started, prepared)
+        engine = graph_bytes(model, record.file)
+        data.keep()
+        return replace(_written(engine, target, error, started, prepared), weights=record)
+
+
+def _check_error(error: float | None) -> None:
+    if error is not None and not error <= ERROR_LIMIT:
         raise BackendError(
             f"its fp16 graph differs from the bundle's network by {error:.1e} (limit {ERROR_LIMIT:g}); "
             "the weights do not suit fp16"
         )
 
 
-def _written(engine: bytes, target: Path, error: float, started: float, prepared: float) -> Built:
+def _written(engine: bytes, target: Path, error: float | None, started: float, prepared: float) -> Built:
     with target.open("wb") as stream:
         stream.write(engine)
         stream.flush()
@@ -399,6 +442,10 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 
 def _temporary(job: Job) -> Path:
     return job.target.with_name(f".{job.target.name}.{os.getpid()}.tmp")
+
+
+def _weights(job: Job) -> Path:
+    return job.target.with_name(f".{job.target.name}.{os.getpid()}.weights")
 
 
 def _log(job: Job) -> Path:

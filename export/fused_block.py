@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from export.graph_writer import MICROSOFT, Array
+from export.data_file import Array
+from export.graph_writer import MICROSOFT
 
 if TYPE_CHECKING:
     from export.fused_graph import Fuser
@@ -21,7 +22,7 @@ BLOCK_MARK = "/norm_row/LayerNormalization"
 
 _ATTENTIONS = ("", "attn_row/", "attn2/")
 _PARTS = (
-    "Add", "Reshape", "Softmax", "attn2/Softmax",
+    "Add", "Softmax", "attn2/Softmax",
     *(f"{at}to_{what}/MatMul" for at in _ATTENTIONS for what in "qkv"),
     *(f"{at}to_out.0/{kind}" for at in _ATTENTIONS for kind in ("MatMul", "Add")),
     *(f"{norm}/LayerNormalization" for norm in ("norm1", "norm_row", "norm2", "norm3")),
@@ -47,7 +48,12 @@ class MultiviewBlock:
     def __init__(self, fuser: Fuser, prefix: str, named: dict[str, onnx.NodeProto], output: str) -> None:
         """Use `found`."""
         self.output = output
-        self.source = str(named["Reshape"].input[0])  # (b (v + 1), n, c)
+        given = next(entry for entry in named["Add"].input if entry not in fuser.constants)
+        self.shape = fuser.shapes[given]  # (b, v + 1, n, c)
+        # Of two blocks in a row ONNX Runtime makes one reshape, which is the first one's.
+        reshape = fuser.maker.get(given)
+        own = reshape is not None and reshape.op_type == "Reshape" and reshape.name.startswith(f"{prefix}/")
+        self.source = str(reshape.input[0]) if reshape is not None and own else given
         softmax = named["attn2/Softmax"]
         scores, weighted = fuser.maker[softmax.input[0]], fuser.readers[softmax.output[0]][0]
         self.image = (fuser.origin(scores.input[1]), fuser.origin(weighted.input[1]))  # keys and values
@@ -76,7 +82,7 @@ class MultiviewBlock:
         return self._made
 
     def _written(self, f: Fuser) -> Sum:
-        b, views, n, c = f.shapes[self._named["Reshape"].output[0]]
+        b, views, n, c = self.shape
         v, side = views - 1, round(n**0.5)
         heads = f.shapes[self._named["Softmax"].output[0]][1]
         tokens = np.arange(views * n).reshape(views, n)
@@ -105,7 +111,11 @@ class MultiviewBlock:
         parts = self._split(f, f.reshape(qkv, b * side, v * side, 3 * c), 3)
         seen = self._matmul(f, self._attend(f, heads, *parts), "attn_row/to_out.0")
         bias = self._constant(f, "attn_row/to_out.0/Add")
-        nothing = f.constant(np.broadcast_to(-bias, (b, n, c)), np.float32)
+        if f.data is None:
+            nothing = f.constant(np.broadcast_to(-bias, (b, n, c)), np.float32)
+        else:  # the same weights for one object and for two; ONNX Runtime folds this as it loads
+            one = f.constant(np.broadcast_to(-bias, (1, n, c)), np.float32)
+            nothing = one if b == 1 else f.node("Concat", *[one] * b, axis=0)
         seen = f.node("Concat", f.reshape(seen, b, v * n, c), nothing, axis=1)
         seen = f.node("Gather", seen, f.sizes(*back), axis=1)
         normed, h = self._add_norm(f, seen, h, "norm2", bias)

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from export.data_file import Array, Constants, DataFile
 from export.fused_block import BLOCK_MARK, MultiviewBlock, Sum
-from export.graph_writer import MICROSOFT, Array, GraphWriter
+from export.graph_writer import MICROSOFT, GraphWriter
 from export.typed_graph import IR_VERSION, OPSET, folded, sine_embeddings, tidied
 
 TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -40,17 +41,19 @@ class GroupNorm:
     silu: bool = False
 
 
-def fused_graph(source: Path, sizes: Mapping[str, int]) -> onnx.ModelProto:
+def fused_graph(source: Path, sizes: Mapping[str, int], data: DataFile | None = None) -> onnx.ModelProto:
     """The network of an ONNX file in fp16 with ONNX Runtime's fused operators; inputs and outputs float32.
 
     Args:
         source: file of a bundle, fp32, its weights stored as fp32 or int8.
         sizes: all free dimensions, by name.
+        data: takes large weights; a file that has its weights beside it needs one.
 
     Raises:
         ValueError: ONNX Runtime refuses the graph.
     """
-    return in_half(Fuser(folded(source, sizes, keep_int8=False)).model())
+    model = folded(source, sizes, keep_int8=False, room=data.room if data else None)
+    return in_half(Fuser(model, data).model())
 
 
 def in_half(model: onnx.ModelProto, keep_io: bool = True) -> onnx.ModelProto:
@@ -70,17 +73,20 @@ def in_half(model: onnx.ModelProto, keep_io: bool = True) -> onnx.ModelProto:
 class Fuser(GraphWriter):
     """Writes a graph anew, from its outputs to its inputs, each value once."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        """Take a graph of fixed sizes, constants folded, with the names torch gave its nodes."""
-        super().__init__("v")
+    def __init__(self, model: onnx.ModelProto, data: DataFile | None = None) -> None:
+        """Take a graph of fixed sizes, constants folded, with the names torch gave its nodes.
+
+        With a data file, what goes there is fp16 already: `in_half` must follow.
+        """
+        super().__init__("v", data)
         self.source = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
-        self.constants = {t.name: numpy_helper.to_array(t) for t in self.source.initializer}
+        self.constants = Constants(self.source)
         self.maker = {name: node for node in self.source.node for name in node.output}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.source.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
-        self.shapes = {name: array.shape for name, array in self.constants.items()}
+        self.shapes = self.constants.shapes()
         for value in (*self.source.value_info, *self.source.input, *self.source.output):
             self.shapes[value.name] = tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
         self._inputs = {value.name for value in self.source.input}

@@ -27,7 +27,7 @@ def describe(bundle: Path) -> Iterator[str]:
         entry = manifest.networks[name]
         verified_network_path(bundle, manifest, name)
         given = ", ".join(f"{t.name} {'x'.join(map(str, t.shape))}" for t in spec.inputs)
-        yield f"  {name:17s} {entry.bytes / 2**20:7.2f} MiB  {entry.sha256[:12]}  {given}"
+        yield f"  {name:17s} {entry.total_bytes / 2**20:7.2f} MiB  {entry.sha256[:12]}  {given}"
     machine = this_machine()
     yield from machine_lines(machine)
     yield from engine_lines(bundle, manifest, machine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from torch import nn
 
+from export import data_file
+from export.data_file import DataFile, data_path, store
 from export.folders import replace_folder
 from export.networks import example_tensors, load_networks
 from export.typed_graph import cpu_session
@@ -26,6 +30,7 @@ from uc3d_rt.contract import (
     Manifest,
     NetworkFile,
     SamplingDefaults,
+    WeightsFile,
     network_specs,
     save_manifest,
     sha256_of,
@@ -78,7 +83,8 @@ def export_bundle(
                 parity[name]["int8_weights_relative_error"] = parity_error(
                     preset, name, networks[name], target
                 )
-            files[name] = NetworkFile(target.name, sha256_of(target), target.stat().st_size)
+            files[name] = network_file(target)
+        _remove_unread(work, files)
         manifest = Manifest(
             profile=preset.name,
             shape=preset.shape,
@@ -95,9 +101,36 @@ def export_bundle(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def export_network(preset: Preset, name: str, network: nn.Module, target: Path) -> None:
-    """Write one network as fp32 ONNX with the contract's names and free dimensions."""
+def network_file(path: Path) -> NetworkFile:
+    """The record of a network's file, and of the weights beside it."""
+    beside, weights = data_path(path), None
+    if beside is not None:
+        weights = WeightsFile(beside.name, sha256_of(beside), beside.stat().st_size)
+    return NetworkFile(path.name, sha256_of(path), path.stat().st_size, weights)
+
+
+def _remove_unread(folder: Path, files: Mapping[str, NetworkFile]) -> None:
+    """Remove weights in fp32 that were stored as int8 since."""
+    read = {file.weights.file for file in files.values() if file.weights is not None}
+    for path in folder.glob("weights-*.bin"):
+        if path.name not in read:
+            path.unlink()
+
+
+def export_network(preset: Preset, name: str, network: nn.Module, target: Path, device: str = "cpu") -> None:
+    """Write one network as fp32 ONNX with the contract's names and free dimensions.
+
+    A large one is traced without its weights, which are then written one at a time to a file beside it.
+
+    Args:
+        preset: what it was made from.
+        name: of the network.
+        network: the module, on a device, float32.
+        target: file to write.
+        device: where the module is; it is called once.
+    """
     spec = network_specs(preset.shape)[name]
+    large = sum(4 * tensor.numel() for tensor in network.parameters()) > data_file.LARGE_BYTES
     free = {
         tensor.name: {axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
         for tensor in (*spec.inputs, *spec.outputs)
@@ -109,13 +142,15 @@ def export_network(preset: Preset, name: str, network: nn.Module, target: Path) 
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
-            example_tensors(preset, name, batch=2),
+            tuple(tensor.to(device) for tensor in example_tensors(preset, name, batch=2)),
             str(target),
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             dynamic_axes=free,
             opset_version=OPSET,
             dynamo=False,
+            export_params=not large,
+            do_constant_folding=not large,
         )
     model = onnx.load(target)
     for tensor, value in zip(spec.outputs, model.graph.output, strict=True):
@@ -125,8 +160,46 @@ def export_network(preset: Preset, name: str, network: nn.Module, target: Path) 
                 dim.dim_param = size
             else:
                 dim.dim_value = size
+    if large:
+        with DataFile(target.with_suffix(".weights")) as data:
+            _give_weights(model.graph, network, data)
+            store(model, target, data)
+        onnx.checker.check_model(str(target), full_check=True)
+        return
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, target)
+
+
+def _give_weights(graph: onnx.GraphProto, network: nn.Module, data: DataFile) -> None:
+    """Turn inputs that are weights into weights, in the order of the axes in which they are read."""
+    weights = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    inputs = [value for value in graph.input if value.name not in weights]
+    given = [value.name for value in graph.input if value.name in weights]
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for entry in node.input:
+            readers.setdefault(entry, []).append(node)
+    renamed, dropped = {}, set()
+    for name in given:
+        array = weights[name].detach().cpu().numpy()
+        orders = [
+            tuple(node.attribute[0].ints) if node.op_type == "Transpose" else None for node in readers[name]
+        ]
+        if orders[0] is not None and len(set(orders)) == 1:
+            array = array.transpose(orders[0])
+            renamed |= {node.output[0]: name for node in readers[name]}
+            dropped |= {node.name for node in readers[name]}
+        if data.takes(array):
+            graph.initializer.append(data.add(name, array))
+        else:
+            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    nodes = [node for node in graph.node if node.name not in dropped]
+    for node in nodes:
+        for position, entry in enumerate(node.input):
+            node.input[position] = renamed.get(entry, entry)
+    del graph.input[:], graph.node[:]
+    graph.input.extend(inputs)
+    graph.node.extend(nodes)
 
 
 def run_onnx(session: Any, inputs: tuple[torch.Tensor, ...]) -> list[NDArray[np.float32]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from export.data_file import DataFile, least_entries, load_graph
 from export.example_inputs import example_inputs
 from export.fused_graph import fused_graph
 from export.plain_graph import plain_graph
@@ -19,36 +22,46 @@ from uc3d_rt.sampler import guided
 FloatArray = NDArray[np.float32]
 
 
-def build_part(part: str, source: Path, manifest: Manifest, batch: int) -> tuple[bytes, float]:
-    """One engine file and its relative error.
+def data_file(source: Path, path: Path) -> DataFile | None:
+    """Where large weights of what is made of a network go: none if the network itself holds all of its."""
+    least = least_entries(load_graph(source))
+    return None if least is None else DataFile(path, least)
+
+
+def build_part(
+    part: str, source: Path, manifest: Manifest, batch: int, data: DataFile | None = None, check: bool = True
+) -> tuple[onnx.ModelProto, float | None]:
+    """One engine's graph and its relative error.
 
     Args:
         part: a network of the bundle, or one of `UNET_PARTS`.
         source: the network's ONNX file.
         manifest: of the bundle.
         batch: how many the network takes a call.
+        data: of `data_file`.
+        check: measure the error, which runs the whole network in fp32 on the CPU.
 
     Returns:
-        Serialised ONNX, and the largest relative 2-norm error of its outputs against the network in
-        fp32, every fp16 value rounded.
+        The graph, and the largest relative 2-norm error of its outputs against the network in fp32,
+        every fp16 value rounded; None without `check`.
 
     Raises:
         ValueError: ONNX Runtime refuses the network.
     """
     shape = manifest.shape
     if part == "unet_time":
-        model = time_graph(source, shape)
-        return _bytes(model), _rounding(model, _times(manifest))
+        model = time_graph(source, shape, data)
+        return model, _rounding(model, _times(manifest)) if check else None
     if part == "unet_context":
-        model = context_graph(source, shape)
+        model = context_graph(source, shape, data)
         tokens = example_inputs(shape, "unet", 2, 1, manifest.schedule.train_steps)["tokens"]
-        return _bytes(model), _rounding(model, {"tokens": tokens})
+        return model, _rounding(model, {"tokens": tokens}) if check else None
     if part.startswith("unet_step_"):
-        model = step_graph(source, shape, batch, manifest.sampling.guidance_rescale)
-        return _bytes(model), step_error(model, source, manifest, batch)
-    model = fused_graph(source, {"batch": batch, "samples": batch * shape.views})
+        model = step_graph(source, shape, batch, manifest.sampling.guidance_rescale, data)
+        return model, step_error(model, source, manifest, batch) if check else None
+    model = fused_graph(source, {"batch": batch, "samples": batch * shape.views}, data)
     inputs = example_inputs(shape, part, batch, 1, manifest.schedule.train_steps)
-    return _bytes(model), relative_error(source, plain_graph(model), [inputs])
+    return model, relative_error(source, plain_graph(model), [inputs]) if check else None
 
 
 def step_error(model: onnx.ModelProto, source: Path, manifest: Manifest, batch: int) -> float:
@@ -71,10 +84,15 @@ def step_error(model: onnx.ModelProto, source: Path, manifest: Manifest, batch: 
     expected = keep * z + add * change
     plan = np.zeros((PLAN_ROWS, 1 + batch), np.float32)
     plan[row] = [keep, add] if batch == 1 else [keep, add * scale, add * (1.0 - scale)]
-    context = context_graph(source, shape)
-    names = [output.name for output in context.graph.output]
-    given = dict(zip(names, cpu_session(context).run(names, {"tokens": inputs["tokens"]}), strict=True))
-    given["time_table"] = cpu_session(time_graph(source, shape)).run(None, times)[0]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as files:
+        parts = []
+        for kind in (context_graph, time_graph):
+            data = data_file(source, Path(folder) / kind.__name__)
+            parts.append(kind(source, shape, None if data is None else files.enter_context(data)))
+        context, time = parts
+        names = [output.name for output in context.graph.output]
+        given = dict(zip(names, cpu_session(context).run(names, {"tokens": inputs["tokens"]}), strict=True))
+        given["time_table"] = cpu_session(time).run(None, times)[0]
     given |= {
         "z": z, "step": np.array([row]), "plan": plan, "image_latent": inputs["image_latent"]
     }  # fmt: skip
@@ -100,7 +118,3 @@ def _rounding(model: onnx.ModelProto, inputs: dict[str, FloatArray]) -> float:
         output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     pairs = zip(cpu_session(model).run(None, inputs), cpu_session(exact).run(None, inputs), strict=True)
     return float(np.max([np.linalg.norm(found - true) / np.linalg.norm(true) for found, true in pairs]))
-
-
-def _bytes(model: onnx.ModelProto) -> bytes:
-    return bytes(model.SerializeToString(deterministic=True))

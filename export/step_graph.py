@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from export.data_file import Constants, DataFile, moved
 from export.fused_graph import Fuser, in_half, origin
 from export.graph_writer import GraphWriter
 from export.typed_graph import folded
@@ -39,7 +40,9 @@ class Cuts:
     context: tuple[str, ...]  # (batch, tokens, width)
 
 
-def step_graph(source: Path, shape: ModelShape, batch: int, rescale: float = 0.0) -> onnx.ModelProto:
+def step_graph(
+    source: Path, shape: ModelShape, batch: int, rescale: float = 0.0, data: DataFile | None = None
+) -> onnx.ModelProto:
     """The step in fp16 with ONNX Runtime's fused operators; z and its update stay float32.
 
     Args:
@@ -47,11 +50,12 @@ def step_graph(source: Path, shape: ModelShape, batch: int, rescale: float = 0.0
         shape: of the bundle.
         batch: 1 = no guidance; 2 = guidance, the second sees no picture.
         rescale: of guidance, see `uc3d_rt.sampler.guided`.
+        data: takes large weights; a file that has its weights beside it needs one.
 
     Raises:
         ValueError: ONNX Runtime refuses the file, or it is no multiview UNet.
     """
-    model = folded(source, _sizes(shape, batch), keep_int8=False)
+    model = _folded(source, shape, batch, data)
     cuts = find_cuts(model)
     sizes = _value_sizes(model)
     cut = onnx.ModelProto()
@@ -67,7 +71,7 @@ def step_graph(source: Path, shape: ModelShape, batch: int, rescale: float = 0.0
                 node.input[position] = names[name]
     for name, given in names.items():
         cut.graph.input.append(helper.make_tensor_value_info(given, TensorProto.FLOAT, sizes[name]))
-    body = in_half(Fuser(cut).model(), keep_io=False)
+    body = in_half(Fuser(cut, data).model(), keep_io=False)
     return _with_update(body, cuts, sizes, shape, batch, rescale if batch == 2 else 0.0)
 
 
@@ -139,11 +143,11 @@ def _spread(writer: GraphWriter, value: str) -> str:
     return writer.node("ReduceL2", centred, inner)
 
 
-def time_graph(source: Path, shape: ModelShape) -> onnx.ModelProto:
+def time_graph(source: Path, shape: ModelShape, data: DataFile | None = None) -> onnx.ModelProto:
     """`(timestep, focal) -> time_table` for `PLAN_ROWS` steps; fp32 inside, fp16 out."""
-    one = folded(source, _sizes(shape, 1), keep_int8=False)
+    one = _folded(source, shape, 1, data)
     cuts, sizes = find_cuts(one), _value_sizes(one)
-    many = folded(source, _sizes(shape, PLAN_ROWS), keep_int8=False)
+    many = _folded(source, shape, PLAN_ROWS, data)
     part = _extracted(many, ["timestep", "focal"], cuts.time)
     table = (PLAN_ROWS, shape.views + 1, sum(sizes[name][1] for name in cuts.time))
     writer = GraphWriter("table_")
@@ -153,12 +157,12 @@ def time_graph(source: Path, shape: ModelShape) -> onnx.ModelProto:
     part.graph.initializer.extend(writer.weights.values())
     del part.graph.output[:]
     part.graph.output.append(helper.make_tensor_value_info("time_table", TensorProto.FLOAT16, table))
-    return part
+    return part if data is None else moved(part, data)
 
 
-def context_graph(source: Path, shape: ModelShape) -> onnx.ModelProto:
+def context_graph(source: Path, shape: ModelShape, data: DataFile | None = None) -> onnx.ModelProto:
     """`tokens -> context_0 …`, keys and values of every block's cross-attention; fp32 inside, fp16 out."""
-    one = folded(source, _sizes(shape, 1), keep_int8=False)
+    one = _folded(source, shape, 1, data)
     cuts, sizes = find_cuts(one), _value_sizes(one)
     part = _extracted(one, ["tokens"], cuts.context)
     # Products alone: nothing in it knows how many objects there are.
@@ -170,13 +174,13 @@ def context_graph(source: Path, shape: ModelShape) -> onnx.ModelProto:
         sizes_out = ["batch", *sizes[name][1:]]
         part.graph.output.append(helper.make_tensor_value_info(given, TensorProto.FLOAT16, sizes_out))
     part.graph.node.extend(writer.nodes)
-    return part
+    return part if data is None else moved(part, data)
 
 
 def find_cuts(model: onnx.ModelProto) -> Cuts:
     """Where a UNet's graph of fixed sizes can be cut, in the order of the graph."""
     graph = model.graph
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = Constants(graph)
     maker = {name: node for node in graph.node for name in node.output}
     noisy, timed = _reached(graph, "sample"), _reached(graph, "timestep")
     found: dict[str, None] = {}
@@ -210,6 +214,10 @@ def _reached(graph: onnx.GraphProto, start: str) -> set[str]:
 def _extracted(model: onnx.ModelProto, inputs: list[str], outputs: tuple[str, ...]) -> onnx.ModelProto:
     """The part of a graph between values, without its shapes."""
     return onnx.utils.Extractor(onnx.shape_inference.infer_shapes(model)).extract_model(inputs, list(outputs))
+
+
+def _folded(source: Path, shape: ModelShape, batch: int, data: DataFile | None) -> onnx.ModelProto:
+    return folded(source, _sizes(shape, batch), keep_int8=False, room=data.room if data else None)
 
 
 def _sizes(shape: ModelShape, batch: int) -> dict[str, int]:

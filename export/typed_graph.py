@@ -17,6 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from export.data_file import data_path, is_apart, load_graph, openable
+
 FloatArray = NDArray[np.float32]
 
 WEIGHTS = ("fp16", "int8")
@@ -49,10 +51,13 @@ def typed_graph(source: Path, sizes: Mapping[str, int], weights: str = "fp16") -
         weights: one of `WEIGHTS`.
 
     Raises:
-        ValueError: ONNX Runtime or the checker refuses the graph, or a scale is too small for fp16.
+        ValueError: ONNX Runtime or the checker refuses the graph, a scale is too small for fp16, or the
+            file has its weights beside it.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    if data_path(source) is not None:
+        raise ValueError(f"{source} is too large to be typed as a whole; build it with --backend onnxruntime")
     model = folded(source, sizes, keep_int8=weights == "int8")
     for opset in model.opset_import:
         if opset.domain == "" and opset.version < OLDEST_OPSET:
@@ -74,8 +79,23 @@ def typed_graph(source: Path, sizes: Mapping[str, int], weights: str = "fp16") -
     return model
 
 
-def folded(source: Path, sizes: Mapping[str, int], *, keep_int8: bool) -> onnx.ModelProto:
-    """The graph after ONNX Runtime's basic optimisations: constants folded, standard operators only."""
+def folded(
+    source: Path, sizes: Mapping[str, int], *, keep_int8: bool, room: Path | None = None
+) -> onnx.ModelProto:
+    """The graph after ONNX Runtime's basic optimisations: constants folded, standard operators only.
+
+    Weights that stand beside the file are no constants to it: they are not read, and those stored as
+    int8 stay so.
+
+    Args:
+        source: file of a bundle.
+        sizes: free dimensions to fix, by name.
+        keep_int8: keep weights that are stored so.
+        room: folder for large constants of a graph whose weights stand beside it; it must outlast the graph.
+
+    Raises:
+        ValueError: ONNX Runtime refuses the graph.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -86,11 +106,23 @@ def folded(source: Path, sizes: Mapping[str, int], *, keep_int8: bool) -> onnx.M
     for name, size in sizes.items():
         options.add_free_dimension_override_by_name(name, size)
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "folded.onnx"
+        target, given, beside = Path(folder) / "folded.onnx", source, []
+        if data_path(source) is not None:
+            graph = load_graph(source)
+            beside = [tensor for tensor in graph.graph.initializer if is_apart(tensor)]
+            given = _with_weights_as_inputs(graph, Path(folder) / "given.onnx")
+        if beside and room is not None:
+            target = Path(tempfile.mkdtemp(dir=room)) / "folded.onnx"
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", "folded.bin"
+            )
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_min_size_in_bytes", str(1 << 20)
+            )
         options.optimized_model_filepath = str(target)
         try:
             onnxruntime.InferenceSession(
-                str(source), options, providers=["CPUExecutionProvider"],
+                str(given), options, providers=["CPUExecutionProvider"],
                 # The first makes Gemm of what TensorRT fuses by itself; the second copies shared weights.
                 disabled_optimizers=["MatMulAddFusion", "EnsureUniqueDQForNodeUnit"],
             )  # fmt: skip
@@ -98,12 +130,32 @@ def folded(source: Path, sizes: Mapping[str, int], *, keep_int8: bool) -> onnx.M
             raise ValueError(
                 f"ONNX Runtime refuses {source}: {' '.join(str(error).split())[:300]}"
             ) from error
-        model = onnx.load(target)
+        model = load_graph(target)
+    names = {tensor.name for tensor in beside}
+    inputs = [value for value in model.graph.input if value.name not in names]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.graph.initializer.extend(beside)
     used = {node.domain for node in model.graph.node}
     kept = [opset for opset in model.opset_import if opset.domain in used]
     del model.opset_import[:]
     model.opset_import.extend(kept)
     return model
+
+
+def _with_weights_as_inputs(model: onnx.ModelProto, target: Path) -> Path:
+    """Write a graph that is given the weights which stand beside it."""
+    kept = []
+    for tensor in model.graph.initializer:
+        if is_apart(tensor):
+            value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            model.graph.input.append(value)
+        else:
+            kept.append(tensor)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    target.write_bytes(model.SerializeToString())
+    return target
 
 
 def relative_error(source: Path, model: onnx.ModelProto, inputs: Sequence[Mapping[str, FloatArray]]) -> float:
@@ -129,8 +181,10 @@ def cpu_session(model: onnx.ModelProto | Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # as the runtime does
-    given = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    if isinstance(model, Path):
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    with openable(model) as given:
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
 
 def rounded_session(model: onnx.ModelProto) -> Any:
@@ -141,8 +195,8 @@ def rounded_session(model: onnx.ModelProto) -> Any:
     options.log_severity_level = 3
     # Optimisations would take the rounding for a cast to and fro, and remove it.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    emulated = with_rounding(model).SerializeToString()
-    return onnxruntime.InferenceSession(emulated, options, providers=["CPUExecutionProvider"])
+    with openable(with_rounding(model)) as emulated:
+        return onnxruntime.InferenceSession(emulated, options, providers=["CPUExecutionProvider"])
 
 
 def with_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -153,9 +207,13 @@ def with_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
         value.name: value.type.tensor_type.elem_type
         for value in (*graph.value_info, *graph.input, *graph.output)
     }
-    for tensor in graph.initializer:
-        _widen(tensor)
     nodes = []
+    for tensor in graph.initializer:
+        if is_apart(tensor) and tensor.data_type == TensorProto.FLOAT16:
+            name, tensor.name = tensor.name, f"{tensor.name}__stored"  # not read here
+            nodes.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+        else:
+            _widen(tensor)
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from export.data_file import DataFile, array_of, data_path, is_apart, least_entries, load_graph, store
 
 MIN_ENTRIES = 4096
 """Smaller tensors (biases, norms) stay float32."""
@@ -41,8 +44,22 @@ def store_weights_int8(source: Path, target: Path) -> tuple[int, int]:
     Returns:
         `(quantized, kept)`: how many weight tensors became int8, and how many stayed as they were.
     """
-    model = onnx.load(source)
+    model = load_graph(source)
+    with DataFile(target.with_suffix(".weights"), least_entries(model)) as data:
+        counts = _store_int8(model, data if data_path(source) else None)
+        store(model, target, data)
+    onnx.checker.check_model(str(target))
+    return counts
+
+
+def _store_int8(model: onnx.ModelProto, data: DataFile | None) -> tuple[int, int]:
+    """The same in place; large weights go to a data file if there is one."""
     graph = model.graph
+
+    def initializer(array: NDArray[Any], name: str) -> onnx.TensorProto:
+        large = data is not None and data.takes(array)
+        return data.add(name, array) if data is not None and large else numpy_helper.from_array(array, name)
+
     _read_shared_weights_directly(graph)
     uses: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for node in graph.node:
@@ -52,11 +69,11 @@ def store_weights_int8(source: Path, target: Path) -> tuple[int, int]:
     for tensor in graph.initializer:
         axis = _channel_axis(tensor, uses.get(tensor.name, []))
         if axis is None:
-            kept.append(tensor)
+            kept.append(initializer(array_of(tensor), tensor.name) if is_apart(tensor) else tensor)
             continue
-        q, scale = quantize_channels(numpy_helper.to_array(tensor), axis)
+        q, scale = quantize_channels(np.asarray(array_of(tensor)), axis)
         kept += [
-            numpy_helper.from_array(q, f"{tensor.name}_int8"),
+            initializer(q, f"{tensor.name}_int8"),
             numpy_helper.from_array(scale, f"{tensor.name}_scale"),
         ]
         new_nodes.append(
@@ -73,8 +90,6 @@ def store_weights_int8(source: Path, target: Path) -> tuple[int, int]:
     del graph.initializer[:], graph.node[:]
     graph.initializer.extend(kept)
     graph.node.extend(nodes)
-    onnx.checker.check_model(model)
-    onnx.save(model, target)
     return quantized, len(kept) - 2 * quantized
 
 

@@ -10,11 +10,15 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from uc3d_rt.errors import BundleError
 from uc3d_rt.views import NUM_VIEWS
+
+_LARGE_FILE_BYTES = 64 << 20
+"""To read it takes longer than a tick of a file system's clock: who alters it later leaves another time."""
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -155,12 +159,31 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True)
+class WeightsFile:
+    """Weights of a network beside its ONNX file, which refers to them: a file of ONNX ends at 2 GB."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file:
+            raise ValueError(f"not a file of this folder: {self.file!r}")
+
+
+@dataclass(frozen=True)
 class NetworkFile:
     """One network's file in a bundle."""
 
     file: str
     sha256: str
     bytes: int
+    weights: WeightsFile | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """With the weights beside it."""
+        return self.bytes + (self.weights.bytes if self.weights else 0)
 
 
 @dataclass(frozen=True)
@@ -182,8 +205,15 @@ def save_manifest(manifest: Manifest, bundle: Path) -> None:
     """Write `manifest.json` into a bundle folder, atomically."""
     target = bundle / MANIFEST_NAME
     temporary = bundle / f".{MANIFEST_NAME}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    data = asdict(manifest)
+    data["networks"] = {name: without_nothing(entry) for name, entry in data["networks"].items()}
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, target)
+
+
+def without_nothing(entry: dict[str, Any]) -> dict[str, Any]:
+    """A file's record as it is written: nothing of weights that do not stand beside it."""
+    return {key: value for key, value in entry.items() if key != "weights" or value is not None}
 
 
 def load_manifest(bundle: Path) -> Manifest:
@@ -212,7 +242,10 @@ def load_manifest(bundle: Path) -> Manifest:
             shape=ModelShape(**data["shape"]),
             schedule=NoiseSchedule(**data["schedule"]),
             sampling=SamplingDefaults(**sampling),
-            networks={name: NetworkFile(**entry) for name, entry in data["networks"].items()},
+            networks={
+                name: NetworkFile(**{**entry, "weights": weights_of(entry)})
+                for name, entry in data["networks"].items()
+            },
             training=data["training"],
             parity=data["parity"],
             quality=data["quality"],
@@ -229,8 +262,26 @@ def load_manifest(bundle: Path) -> Manifest:
     return manifest
 
 
+def weights_of(entry: dict[str, Any]) -> WeightsFile | None:
+    """The weights beside a network, of its record in a file of JSON."""
+    found = entry.get("weights")
+    return None if found is None else WeightsFile(**found)
+
+
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Hex SHA-256 of a file, read in pieces; a large one that did not change is read once a process."""
+    state = path.stat()
+    if state.st_size < _LARGE_FILE_BYTES:
+        return _sha256(path)
+    return _known_sha256(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _known_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -256,4 +307,19 @@ def verified_network_path(bundle: Path, manifest: Manifest, name: str) -> Path:
             f"{path} was altered: SHA-256 {actual[:12]}… instead of {entry.sha256[:12]}…; "
             "fetch or export the bundle again"
         )
+    beside = weights_fault(entry.weights, bundle)
+    if beside is not None:
+        raise BundleError(f"{bundle / beside}; fetch or export the bundle again")
     return path
+
+
+def weights_fault(weights: WeightsFile | None, folder: Path) -> str | None:
+    """What is wrong with the weights beside a network, if anything: "NAME is missing" and the like."""
+    if weights is None:
+        return None
+    path = folder / weights.file
+    if not path.is_file():
+        return f"{weights.file} is missing"
+    if path.stat().st_size != weights.bytes or sha256_of(path) != weights.sha256:
+        return f"{weights.file} was altered or damaged"
+    return None

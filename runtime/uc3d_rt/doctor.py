@@ -103,9 +103,11 @@ def engine_lines(bundle: Path, manifest: Manifest, machine: Machine | None) -> I
         )
         for name, engine in engines.engines.items():
             batches = " and ".join(map(str, engine.batches))
+            found = "not checked" if engine.relative_error is None else f"{engine.relative_error:.1e}"
+            beside = f"; weights in {engine.weights.file}" if engine.weights else ""
             yield (
-                f"  {name:17s} {engine.bytes / 2**20:7.2f} MiB  {engine.sha256[:12]}  "
-                f"objects a call: {batches}; fp16 relative error {engine.relative_error:.1e}"
+                f"  {name:17s} {engine.total_bytes / 2**20:7.2f} MiB  {engine.sha256[:12]}  "
+                f"objects a call: {batches}; fp16 relative error {found}{beside}"
             )
         reasons = misfits(engines, folder, manifest, machine, installed_version(engines.backend))
         yield "  fits this machine" if not reasons else f"  does not fit this machine: {'; '.join(reasons)}"

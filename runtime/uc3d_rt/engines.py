@@ -13,7 +13,14 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from uc3d_rt.contract import Manifest, sha256_of
+from uc3d_rt.contract import (
+    Manifest,
+    WeightsFile,
+    sha256_of,
+    weights_fault,
+    weights_of,
+    without_nothing,
+)
 from uc3d_rt.errors import BundleError
 
 BUILT_NAME = "built"
@@ -47,7 +54,14 @@ class EngineFile:
     source_sha256: str  # of the bundle's ONNX file it was built from
     key: str  # SHA-256 of all that decides its bytes
     batches: tuple[int, ...]  # objects a call, a profile each
-    relative_error: float  # of the fp16 graph, each value rounded, against the bundle's network on a CPU
+    relative_error: float | None
+    """Of the fp16 graph, each value rounded, against the bundle's network on a CPU; None = not checked."""
+    weights: WeightsFile | None = None  # beside it; engines of the same weights share them
+
+    @property
+    def total_bytes(self) -> int:
+        """With the weights beside it."""
+        return self.bytes + (self.weights.bytes if self.weights else 0)
 
     def __post_init__(self) -> None:
         if Path(self.file).name != self.file or not self.batches:
@@ -80,7 +94,9 @@ def save_engine_set(engines: EngineSet, folder: Path) -> None:
     """Write `engines.json`, atomically."""
     temporary = folder / f".{ENGINES_NAME}.{os.getpid()}.tmp"
     try:
-        temporary.write_text(json.dumps(asdict(engines), indent=2) + "\n", encoding="utf-8")
+        data = asdict(engines)
+        data["engines"] = {name: without_nothing(entry) for name, entry in data["engines"].items()}
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / ENGINES_NAME)
     finally:
         temporary.unlink(missing_ok=True)
@@ -101,7 +117,7 @@ def load_engine_set(folder: Path) -> EngineSet:
                 + REBUILD
             )
         engines = {
-            name: EngineFile(**{**entry, "batches": tuple(entry["batches"])})
+            name: EngineFile(**{**entry, "batches": tuple(entry["batches"]), "weights": weights_of(entry)})
             for name, entry in data.pop("engines").items()
         }
         return EngineSet(**{**data, "targets": tuple(data["targets"])}, engines=engines)
@@ -123,6 +139,9 @@ def verified_engine_path(engines: EngineSet, folder: Path, part: str) -> Path:
     path = folder / entry.file
     if not path.is_file() or sha256_of(path) != entry.sha256:
         raise BundleError(f"{path} is missing or was altered; delete the folder and {REBUILD}")
+    beside = weights_fault(entry.weights, folder)
+    if beside is not None:
+        raise BundleError(f"{folder / beside}; delete the folder and {REBUILD}")
     return path
 
 
@@ -179,6 +198,8 @@ def misfits(
                 reasons.append(f"{built.file} is missing")
             elif sha256_of(folder / built.file) != built.sha256:
                 reasons.append(f"{built.file} was altered or damaged")
+            elif (beside := weights_fault(built.weights, folder)) is not None:
+                reasons.append(beside)
     if installed is None:
         reasons.append(f"{engines.backend} is not installed")
     elif installed != engines.version:
