@@ -54,6 +54,9 @@ from uc3d_rt.errors import BackendError, OutputError, Uc3dError, UsageError
 RECIPE = 2
 """Counts changes of how engines are made; raise it when old ones should be built again."""
 
+LARGEST_TOGETHER_PX, DECODED_TOGETHER = 256, 2
+"""Larger images are decoded a few at a time: twelve of sdxl's take more memory than its UNet does."""
+
 ERROR_LIMIT = 1e-2
 """Largest relative error of an fp16 graph.  Rounding makes 0.001 to 0.005, an overflow far more."""
 
@@ -160,7 +163,7 @@ def plan_build(options: BuildOptions) -> Plan:
         source = sources[network]
         entry = manifest.networks[network]
         # A step with guidance holds its rescaling.
-        rescale = manifest.sampling.guidance_rescale if part == "unet_step_2" else 0.0
+        rescale = manifest.sampling.guidance_rescale if part in ("unet_step_2", "unet_guidance") else 0.0
         key = _key(entry.sha256, batches, options, release, rescale)
         target = folder / f"{part}{LIBRARIES[backend].suffix}"
         old = now.engines.get(part)
@@ -189,15 +192,15 @@ def engine_batches(shape: ModelShape, backend: str = "tensorrt") -> dict[str, tu
     """How many of what it takes a call every engine is built for: fixed, so that CUDA graphs can be.
 
     The UNet is called for one object without guidance and, as two, with it; the decoder makes all
-    colour and normal images of an object at once.
+    colour and normal images of an object at once, if they are small.
     """
     if backend == "onnxruntime":
-        parts = {"unet_time": (PLAN_ROWS,), "unet_context": (1, 2), "unet_step_1": (1,), "unet_step_2": (2,)}
-        return (
-            {name: (1,) for name in NETWORK_NAMES if name != "unet"}
-            | {"vae_decoder": (2 * shape.views,)}
-            | parts
-        )
+        parts = {
+            "unet_time": (PLAN_ROWS,), "unet_context": (1, 2), "unet_step_1": (1,), "unet_step_2": (2,),
+            "unet_guidance": (1,),
+        }  # fmt: skip
+        images = 2 * shape.views if shape.image_px <= LARGEST_TOGETHER_PX else DECODED_TOGETHER
+        return {name: (1,) for name in NETWORK_NAMES if name != "unet"} | {"vae_decoder": (images,)} | parts
     return {
         "image_encoder": (1,),
         "vae_encoder": (1,),

@@ -14,7 +14,7 @@ from export.data_file import DataFile, least_entries, load_graph
 from export.example_inputs import example_inputs
 from export.fused_graph import fused_graph
 from export.plain_graph import plain_graph
-from export.step_graph import PLAN_ROWS, context_graph, step_graph, time_graph
+from export.step_graph import PLAN_ROWS, context_graph, guidance_graph, step_graph, time_graph
 from export.typed_graph import cpu_session, relative_error, rounded_session
 from uc3d_rt.contract import Manifest
 from uc3d_rt.sampler import guided
@@ -56,6 +56,9 @@ def build_part(
         model = context_graph(source, shape, data)
         tokens = example_inputs(shape, "unet", 2, 1, manifest.schedule.train_steps)["tokens"]
         return model, _rounding(model, {"tokens": tokens}) if check else None
+    if part == "unet_guidance":
+        model = guidance_graph(shape, manifest.sampling.guidance_rescale)
+        return model, _guidance_error(model, manifest) if check else None
     if part.startswith("unet_step_"):
         model = step_graph(source, shape, batch, manifest.sampling.guidance_rescale, data)
         return model, step_error(model, source, manifest, batch) if check else None
@@ -100,6 +103,22 @@ def step_error(model: onnx.ModelProto, source: Path, manifest: Manifest, batch: 
         if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16:
             given[value.name] = given[value.name].astype(np.float16).astype(np.float32)
     found = rounded_session(plain_graph(model)).run(["z_next"], given)[0]
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def _guidance_error(model: onnx.ModelProto, manifest: Manifest) -> float:
+    """Relative error of guidance and DDIM against NumPy."""
+    sample = example_inputs(manifest.shape, "unet", 3, 1)["sample"]
+    z, conditional, unconditional = np.split(sample, 3)
+    keep, add, scale, row = 0.7, -0.8, 2.5, 3
+    plan = np.zeros((PLAN_ROWS, 3), np.float32)
+    plan[row] = [keep, add * scale, add * (1.0 - scale)]
+    given = {
+        "z": z, "step": np.array([row]), "plan": plan, "conditional": conditional,
+        "unconditional": unconditional,
+    }  # fmt: skip
+    found = cpu_session(model).run(["z_next"], given)[0]
+    expected = keep * z + add * guided(conditional, unconditional, scale, manifest.sampling.guidance_rescale)
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 

@@ -9,6 +9,9 @@ between steps:
     context  (tokens)                    -> context_0 …  keys and values of each block
     step     (z, step, plan, time_table, context_…, image_latent) -> (z_next, step_next)
 
+    guidance (z, step, plan, conditional, unconditional) -> (z_next, step_next)
+
+The last puts together two predictions of a step without guidance: half the memory, for low-memory mode.
 A row of `plan` holds `keep` and the weight of each prediction: z_next = keep z + sum_b weight_b v_b, which
 is guidance and DDIM in one (`uc3d_rt.sampler.step_weights`).
 """
@@ -25,7 +28,7 @@ from onnx import TensorProto, helper
 from export.data_file import Constants, DataFile, moved
 from export.fused_graph import Fuser, in_half, origin
 from export.graph_writer import GraphWriter
-from export.typed_graph import folded
+from export.typed_graph import IR_VERSION, OPSET, folded
 from uc3d_rt.contract import ModelShape
 
 PLAN_ROWS = 64
@@ -84,7 +87,6 @@ def _with_update(
     rescale: float,
 ) -> onnx.ModelProto:
     """The fp16 body of a step between what it is given and what it does to z, in fp32."""
-    latent = (shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px)
     widths = [sizes[name][1] for name in cuts.time]
     before, after = GraphWriter("before_"), GraphWriter("after_")
 
@@ -98,7 +100,77 @@ def _with_update(
     before.node("Concat", *[half] * batch, output="sample", axis=0)
 
     predictions = after.node("Cast", "prediction", to=TensorProto.FLOAT)
-    predictions = after.reshape(predictions, batch, -1)
+    _summed(after, after.reshape(predictions, batch, -1), keep, weights, shape, batch, rescale)
+
+    given = {value.name: value for value in body.graph.input}
+    table = [PLAN_ROWS, shape.views + 1, sum(widths)]
+    inputs = [
+        *_update_inputs(shape, batch),
+        helper.make_tensor_value_info("time_table", TensorProto.FLOAT16, table),
+        given["image_latent"],
+        *(given[f"context_{index}"] for index in range(len(cuts.context))),
+    ]
+    weights_of_all = [*body.graph.initializer, *before.weights.values(), *after.weights.values()]
+    nodes = [*before.nodes, *body.graph.node, *after.nodes]
+    graph = helper.make_graph(nodes, "unet_step", inputs, _update_outputs(shape), weights_of_all)
+    return helper.make_model(graph, opset_imports=body.opset_import, ir_version=body.ir_version)
+
+
+def guidance_graph(shape: ModelShape, rescale: float = 0.0) -> onnx.ModelProto:
+    """What a step with guidance does with two predictions that were made one after the other, in fp32.
+
+    `(z, step, plan, conditional, unconditional) -> (z_next, step_next)`, plan as of a step with guidance.
+    """
+    writer = GraphWriter("guidance_")
+    row = writer.node("Gather", "plan", "step", axis=0)
+    keep, weights = writer.node_of("Split", 2, row, writer.sizes(1, 2), axis=1)
+    halves = [writer.reshape(name, 1, -1) for name in ("conditional", "unconditional")]
+    _summed(writer, writer.node("Concat", *halves, axis=0), keep, weights, shape, 2, rescale)
+    latent = _latent(shape)
+    inputs = _update_inputs(shape, 2) + [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, latent)
+        for name in ("conditional", "unconditional")
+    ]
+    graph = helper.make_graph(
+        writer.nodes, "unet_guidance", inputs, _update_outputs(shape), list(writer.weights.values())
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
+def _latent(shape: ModelShape) -> tuple[int, int, int, int]:
+    return shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px
+
+
+def _update_inputs(shape: ModelShape, batch: int) -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info("z", TensorProto.FLOAT, _latent(shape)),
+        helper.make_tensor_value_info("step", TensorProto.INT64, [1]),
+        helper.make_tensor_value_info("plan", TensorProto.FLOAT, [PLAN_ROWS, 1 + batch]),
+    ]
+
+
+def _update_outputs(shape: ModelShape) -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info("z_next", TensorProto.FLOAT, _latent(shape)),
+        helper.make_tensor_value_info("step_next", TensorProto.INT64, [1]),
+    ]
+
+
+def _summed(
+    after: GraphWriter, predictions: str, keep: str, weights: str, shape: ModelShape, batch: int,
+    rescale: float,
+) -> None:  # fmt: skip
+    """Write `z_next = keep z + sum_b weight_b prediction_b`, rescaled, and `step_next`.
+
+    Args:
+        after: writer of the nodes.
+        predictions: (batch, all the rest).
+        keep: (1, 1).
+        weights: (1, batch).
+        shape: of the bundle.
+        batch: predictions.
+        rescale: of guidance.
+    """
     change = after.reshape(after.node("MatMul", weights, predictions), shape.views, -1)
     if rescale > 0.0:
         # |add| std(conditional) / std(change), a view each; the weights sum to add.
@@ -113,27 +185,8 @@ def _with_update(
         ratio = after.node("Add", ratio, after.constant(1.0 - rescale, np.float32))
         change = after.node("Mul", change, ratio)
     kept = after.node("Mul", "z", keep)
-    after.node("Add", kept, after.reshape(change, *latent), output="z_next")
+    after.node("Add", kept, after.reshape(change, *_latent(shape)), output="z_next")
     after.node("Add", "step", after.sizes(1), output="step_next")
-
-    given = {value.name: value for value in body.graph.input}
-    table = [PLAN_ROWS, shape.views + 1, sum(widths)]
-    inputs = [
-        helper.make_tensor_value_info("z", TensorProto.FLOAT, latent),
-        helper.make_tensor_value_info("step", TensorProto.INT64, [1]),
-        helper.make_tensor_value_info("plan", TensorProto.FLOAT, [PLAN_ROWS, 1 + batch]),
-        helper.make_tensor_value_info("time_table", TensorProto.FLOAT16, table),
-        given["image_latent"],
-        *(given[f"context_{index}"] for index in range(len(cuts.context))),
-    ]
-    outputs = [
-        helper.make_tensor_value_info("z_next", TensorProto.FLOAT, latent),
-        helper.make_tensor_value_info("step_next", TensorProto.INT64, [1]),
-    ]
-    weights_of_all = [*body.graph.initializer, *before.weights.values(), *after.weights.values()]
-    nodes = [*before.nodes, *body.graph.node, *after.nodes]
-    graph = helper.make_graph(nodes, "unet_step", inputs, outputs, weights_of_all)
-    return helper.make_model(graph, opset_imports=body.opset_import, ir_version=body.ir_version)
 
 
 def _spread(writer: GraphWriter, value: str) -> str:

@@ -63,6 +63,11 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
     "--backend", default="auto", show_default=True,
     help="onnxruntime: what was built for it; bundle: its own files, fp32; auto: the first that fits.",
 )  # fmt: skip
+@click.option(
+    "--low-memory", is_flag=True,
+    help="Call the UNet for one object where guidance would take two, and free each stage before the next: "
+    "saves half of the UNet's working memory and its second copy, and takes longer.",
+)  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads; all if left out.")
 @click.option("--quiet", is_flag=True, help="No progress and no timings; warnings and errors still show.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -83,6 +88,7 @@ def command(
     bundle: Path | None,
     device: str,
     backend: str,
+    low_memory: bool,
     threads: int | None,
     quiet: bool,
     debug: bool,
@@ -103,7 +109,7 @@ def command(
         mesh_options = MeshOptions(texture=texture)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    pipeline = Pipeline.from_bundle(bundle, device, threads, backend)
+    pipeline = Pipeline.from_bundle(bundle, device, threads, backend, low_memory)
     if not quiet and pipeline.choice is not None and (pipeline.choice.notable or device != "cpu"):
         click.echo(f"runs on {pipeline.choice}", err=True)
     if threads is not None:

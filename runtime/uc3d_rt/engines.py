@@ -34,9 +34,9 @@ LIBRARY_MODULES = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensor
 CPU = "cpu"
 """The target of graphs that stand in for some of a bundle's files on a CPU."""
 
-UNET_PARTS = ("unet_time", "unet_context", "unet_step_1", "unet_step_2")
-"""The UNet as whole steps: what depends on time alone, on the picture alone, and a step without and
-with guidance."""
+UNET_PARTS = ("unet_time", "unet_context", "unet_step_1", "unet_step_2", "unet_guidance")
+"""The UNet as whole steps: what depends on time alone, on the picture alone, a step without and with
+guidance, and what guidance does with two predictions made one after the other."""
 
 
 def parts_of(backend: str, network: str) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ class Pipeline:
     """A bundle and the device it runs on.
 
     Networks are loaded for each call and freed again; within `with pipeline:` they stay loaded,
-    which many pictures in a row want.
+    which many pictures in a row want, unless its backend is of low memory.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Pipeline:
         device: str = "cpu",
         threads: int | None = None,
         backend: str = "auto",
+        low_memory: bool = False,
     ) -> Pipeline:
         """Open a bundle; None is the one that ships.
 
@@ -96,6 +97,9 @@ class Pipeline:
             device: "cpu" or "cuda"; never another than the one asked for.
             threads: CPU threads a network may use; None leaves the choice to ONNX Runtime.
             backend: "auto" takes the fastest that fits the device; `choice` says which and why.
+            low_memory: call the UNet for one object at a time where guidance acts, and free every stage
+                before the next is loaded, also within `with pipeline:`.  The views are the same but for
+                rounding; a sample takes longer.
 
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.
@@ -109,7 +113,7 @@ class Pipeline:
                     f"{bundle / entry.file} ({name}) is missing; the bundle is incomplete, "
                     "fetch or export it again"
                 )
-        choice = choose(bundle, manifest, device, backend, threads)
+        choice = choose(bundle, manifest, device, backend, threads, low_memory)
         return cls(bundle, manifest, choice.backend, choice)
 
     def __call__(
@@ -220,8 +224,8 @@ class Pipeline:
         return Result(views, mesh, {**views.timings, **clock.seconds}, views.notes)
 
     def __enter__(self) -> Pipeline:
-        """Keep networks loaded until the `with` block ends."""
-        self._held = {}
+        """Keep networks loaded until the `with` block ends, unless memory is low."""
+        self._held = None if self._backend.low_memory else {}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,6 @@
 """Fused graphs: they compute what the bundle's networks compute, with ONNX Runtime's own operators."""
 
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,14 @@ from export.plain_graph import plain_graph
 from export.step_graph import step_graph
 from export.typed_graph import folded, relative_error
 from train.presets import TOY
+from uc3d_rt.backends import onnxruntime_engines
 from uc3d_rt.backends.base import NetworkSampler
-from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend
+from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, open_session
 from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
 from uc3d_rt.contract import NETWORK_NAMES, Manifest, load_manifest, sha256_of
 from uc3d_rt.engines import UNET_PARTS, EngineSet, load_engine_set, save_engine_set
 from uc3d_rt.errors import BackendError
-from uc3d_rt.sampler import ddim_steps
+from uc3d_rt.sampler import ddim_steps, guided
 
 
 def sizes(name: str, batch: int) -> dict[str, int]:
@@ -124,7 +126,9 @@ def test_what_is_built_for_onnxruntime(engines: tuple[Path, EngineSet], bundle: 
     folder, built = engines
     assert set(built.engines) == {name for name in NETWORK_NAMES if name != "unet"} | set(UNET_PARTS)
     assert (built.backend, built.version, built.targets) == ("onnxruntime", onnxruntime.__version__, ())
-    assert all(1e-5 < engine.relative_error < 5e-3 for engine in built.engines.values())
+    errors = {name: engine.relative_error for name, engine in built.engines.items()}
+    assert 0 < errors.pop("unet_guidance") < 1e-6  # in fp32
+    assert all(1e-5 < error < 5e-3 for error in errors.values())
     assert engine_batches(TOY.shape, "onnxruntime")["vae_decoder"] == (12,)
 
 
@@ -163,6 +167,64 @@ def test_steps_on_the_device_are_the_steps_of_the_host(
         if any(step.guided for step in plan):
             with pytest.raises(BackendError, match="hold a guidance rescaling of 0.5, not 0"):
                 sampler(**given, focal=0.0, plan=plan, guidance=2.0)
+
+
+@pytest.mark.parametrize("steps", [4, 9])
+def test_low_memory_changes_nothing_but_rounding(
+    engines: tuple[Path, EngineSet], bundle: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls for one object and a sum; what makes time and keys is gone when the steps are loaded."""
+    alive: dict[str, weakref.ref[object]] = {}
+    meetings: list[tuple[str, set[str]]] = []
+
+    def opened(path: Path, *arguments: object, **options: object) -> object:
+        meetings.append((path.stem, {name for name, session in alive.items() if session() is not None}))
+        session = open_session(path, *arguments, **options)  # type: ignore[arg-type]
+        alive[path.stem] = weakref.ref(session)
+        return session
+
+    monkeypatch.setattr(onnxruntime_engines, "open_session", opened)
+    manifest = load_manifest(bundle)
+    given = sampler_inputs(manifest) | {
+        "plan": ddim_steps(manifest.schedule, steps, guidance=2.0, guidance_interval=(0.3, 0.9)),
+        "focal": 1.0, "guidance": 2.0, "guidance_rescale": 0.5,
+    }  # fmt: skip
+    assert {step.guided for step in given["plan"]} == {True, False}
+    with OnnxRuntimeEngines(*engines, device="cpu").open_sampler(bundle, manifest) as sampler:
+        usual = sampler(**given)
+        assert {name for name, session in alive.items() if session()} == set(UNET_PARTS) - {"unet_guidance"}
+    alive.clear(), meetings.clear()
+    backend = OnnxRuntimeEngines(*engines, device="cpu", low_memory=True)
+    with backend.open_sampler(bundle, manifest) as sampler:
+        found = sampler(**given)
+        again = sampler(**given | {"tokens": 0.5 * given["tokens"]})
+    steps_parts = {"unet_step_1", "unet_guidance"}
+    assert {name for name, _ in meetings} == {"unet_time", "unet_context"} | steps_parts
+    assert all(others <= steps_parts for _, others in meetings)
+    assert next(others for name, others in meetings if name == "unet_step_1") == set()
+    assert not any(session() for session in alive.values())
+    assert np.linalg.norm(found - usual) < 1e-3 * np.linalg.norm(usual)
+    assert np.linalg.norm(again - usual) > 5e-3 * np.linalg.norm(usual)  # the second picture was looked at
+
+
+def test_guidance_of_two_predictions(engines: tuple[Path, EngineSet], bundle: Path) -> None:
+    """The sum of low-memory mode against the sampler's own functions, in every row of the plan."""
+    rng, shape = np.random.default_rng(2), TOY.shape
+    z, c, u = rng.standard_normal((3, shape.views, 8, 8, 8), np.float32)
+    plan = rng.standard_normal((64, 3), np.float32)
+    session = onnxruntime.InferenceSession(
+        engines[0] / "unet_guidance.onnx", providers=["CPUExecutionProvider"]
+    )
+    for row in (0, 5, 63):
+        keep, add, scale = (
+            plan[row, 0],
+            plan[row, 1] + plan[row, 2],
+            plan[row, 1] / (plan[row, 1] + plan[row, 2]),
+        )
+        given = {"z": z, "step": np.array([row]), "plan": plan, "conditional": c, "unconditional": u}
+        found, following = session.run(["z_next", "step_next"], given)
+        expected = keep * z + add * guided(c, u, scale, 0.5)
+        assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected) and following == row + 1
 
 
 def test_networks_of_engines(engines: tuple[Path, EngineSet], bundle: Path) -> None:

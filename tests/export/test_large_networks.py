@@ -323,7 +323,9 @@ def test_steps_of_a_large_bundle(plain: tuple[Path, EngineSet], bundle: Path) ->
     }  # fmt: skip
     with (
         OnnxRuntimeEngines(*plain, device="cpu").open_sampler(bundle, manifest) as sampler,
+        OnnxRuntimeEngines(*plain, device="cpu", low_memory=True).open_sampler(bundle, manifest) as low,
         OnnxRuntimeBackend("cpu").open_sampler(bundle, manifest) as host,
     ):
-        found, expected = sampler(**given), host(**given)
+        found, split, expected = sampler(**given), low(**given), host(**given)
     assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
+    assert np.linalg.norm(split - found) < 1e-3 * np.linalg.norm(found)

@@ -168,6 +168,18 @@ def test_help_names_every_option(run_cli: Run) -> None:
         assert any(name in out for name in (*parameter.opts, parameter.human_readable_name))
 
 
+@pytest.mark.parametrize("given", [(), ("--low-memory",)])
+def test_low_memory_reaches_the_pipeline(
+    run_cli: Run, object_png: Path, tmp_path: Path, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*arguments: object) -> None:
+        raise errors.UsageError(f"low memory {arguments[-1]}")
+
+    monkeypatch.setattr(pipeline.Pipeline, "from_bundle", told)
+    code, _, err = run_cli(object_png, "-o", tmp_path / "m.glb", *given)
+    assert code == errors.UsageError.exit_code and err == f"error: low memory {bool(given)}\n"
+
+
 def test_version(run_cli: Run) -> None:
     from importlib.metadata import version
 

@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import SEMI_AXES, TINY_SHAPE, ellipsoid_views, object_rgba
 from uc3d_rt.backends.base import Backend, Network
-from uc3d_rt.contract import FOCAL_UNKNOWN, load_manifest
+from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeNetwork
+from uc3d_rt.contract import FOCAL_UNKNOWN, Manifest, load_manifest
 from uc3d_rt.errors import FitError, UsageError
 from uc3d_rt.neus.fit import FitOptions
 from uc3d_rt.pipeline import STAGES, Pipeline, Result, Views, default_bundle
@@ -67,6 +68,38 @@ def test_guidance_and_steps_matter(pipeline: Pipeline) -> None:
     explicit = pipeline.views(object_rgba(), steps=4, guidance=2.0)  # the tiny bundle's defaults
     np.testing.assert_array_equal(default.color, explicit.color)
     assert np.abs(pipeline.views(object_rgba(), guidance=1.0).color - default.color).max() > 1e-4
+
+
+def test_low_memory_gives_the_same_views_from_one_object_at_a_time(
+    pipeline: Pipeline, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The UNet is called twice where guidance acts, and a stage is freed before the next one loads."""
+    batches: list[int] = []
+    loaded: list[str] = []
+    call, close, opened = OnnxRuntimeNetwork.__call__, OnnxRuntimeNetwork.close, OnnxRuntimeBackend.open
+
+    def spied(self: OnnxRuntimeNetwork, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        batches.extend(len(inputs[name]) for name in ("timestep",) if name in inputs)
+        return call(self, **inputs)
+
+    def noted(self: OnnxRuntimeBackend, bundle: Path, manifest: Manifest, name: str) -> OnnxRuntimeNetwork:
+        assert not loaded, f"{loaded} still loaded when {name} is"
+        loaded.append(name)
+        return opened(self, bundle, manifest, name)
+
+    def freed(self: OnnxRuntimeNetwork) -> None:
+        loaded.pop()
+        close(self)
+
+    usual = pipeline.views(object_rgba())
+    monkeypatch.setattr(OnnxRuntimeNetwork, "__call__", spied)
+    monkeypatch.setattr(OnnxRuntimeNetwork, "close", freed)
+    monkeypatch.setattr(OnnxRuntimeBackend, "open", noted)
+    with Pipeline.from_bundle(tiny_bundle, threads=1, low_memory=True) as low:  # keeps nothing loaded
+        found = low.views(object_rgba())
+    assert batches == [1] * 8 and not loaded  # four steps, each with guidance
+    np.testing.assert_allclose(found.color, usual.color, atol=1e-5)
+    np.testing.assert_allclose(found.normal, usual.normal, atol=1e-4)
 
 
 def test_without_noise_the_seed_does_not_matter(pipeline: Pipeline) -> None:

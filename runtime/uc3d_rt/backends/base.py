@@ -96,10 +96,11 @@ class Sampler(Resource, Protocol):
 
 
 class NetworkSampler(Sampler):
-    """Steps on the host around a UNet that is called once a step."""
+    """Steps on the host around a UNet that is called once a step, or for one object at a time."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, one_at_a_time: bool = False) -> None:
         self._network = network
+        self._one_at_a_time = one_at_a_time
 
     def __call__(
         self,
@@ -119,15 +120,20 @@ class NetworkSampler(Sampler):
         both_tokens = np.concatenate([tokens, np.zeros_like(tokens)])
         both_latents = np.concatenate([image_latent, np.zeros_like(image_latent)])
 
-        def denoise(z_t: FloatArray, t: float, guided: bool) -> tuple[FloatArray, FloatArray | None]:
-            batch = 2 if guided else 1
-            prediction = self._network(
+        def predict(z_t: FloatArray, t: float, objects: slice) -> FloatArray:
+            batch = objects.stop - objects.start
+            return self._network(
                 sample=np.concatenate([z_t] * batch),
                 timestep=np.full(batch, t, np.float32),
-                tokens=both_tokens[:batch],
-                image_latent=both_latents[:batch],
+                tokens=both_tokens[objects],
+                image_latent=both_latents[objects],
                 focal=np.full(batch, focal, np.float32),
             )["prediction"]
+
+        def denoise(z_t: FloatArray, t: float, guided: bool) -> tuple[FloatArray, FloatArray | None]:
+            if guided and self._one_at_a_time:
+                return predict(z_t, t, slice(0, 1)), predict(z_t, t, slice(1, 2))
+            prediction = predict(z_t, t, slice(0, 2 if guided else 1))
             return prediction[:views], prediction[views:] if guided else None
 
         return run_steps(denoise, z_T, plan, guidance, guidance_rescale, on_step)
@@ -140,6 +146,9 @@ class NetworkSampler(Sampler):
 class Backend(Protocol):
     """Opens the networks of a bundle on one device."""
 
+    low_memory: bool = False
+    """Guidance is two calls of one object each, and nothing stays loaded longer than it is needed."""
+
     def open(self, bundle: Path, manifest: Manifest, name: str) -> Network:
         """Verify and load one network.
 
@@ -151,15 +160,16 @@ class Backend(Protocol):
 
     def open_sampler(self, bundle: Path, manifest: Manifest) -> Sampler:
         """Verify and load what the steps need; raises as `open`."""
-        return NetworkSampler(self.open(bundle, manifest, "unet"))
+        return NetworkSampler(self.open(bundle, manifest, "unet"), self.low_memory)
 
 
-def backend_for(device: str, threads: int | None = None) -> Backend:
+def backend_for(device: str, threads: int | None = None, low_memory: bool = False) -> Backend:
     """The backend that runs a bundle's own files on a device; never another device than the one asked for.
 
     Args:
         device: one of `DEVICES`.
         threads: CPU threads a network may use; None leaves the choice to the engine.
+        low_memory: see `Backend`.
 
     Raises:
         UsageError: unknown device, or `threads` below 1.
@@ -169,7 +179,7 @@ def backend_for(device: str, threads: int | None = None) -> Backend:
     if device in DEVICES:
         from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(device, threads)
+        return OnnxRuntimeBackend(device, threads, low_memory)
     raise UsageError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
 
 

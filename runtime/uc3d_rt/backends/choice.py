@@ -41,8 +41,9 @@ class Choice:
 
 
 def choose(
-    bundle: Path, manifest: Manifest, device: str = "cpu", backend: str = "auto", threads: int | None = None
-) -> Choice:
+    bundle: Path, manifest: Manifest, device: str = "cpu", backend: str = "auto",
+    threads: int | None = None, low_memory: bool = False,
+) -> Choice:  # fmt: skip
     """The backend for a device; never another device than the one asked for.
 
     Args:
@@ -52,6 +53,7 @@ def choose(
         backend: one of `BACKENDS`: "onnxruntime" runs what was built for it, "bundle" the bundle's own
             files in fp32, "auto" the first if it fits and else the second.
         threads: CPU threads a network may use; None leaves the choice to the library.
+        low_memory: see `uc3d_rt.backends.base.Backend`.
 
     Raises:
         UsageError: unknown device or backend, or `threads` below 1.
@@ -59,13 +61,14 @@ def choose(
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    plain = Choice(backend_for(device, threads), f"the bundle's own files, fp32, {device}", "asked for")
+    own = backend_for(device, threads, low_memory)
+    plain = Choice(own, f"the bundle's own files, fp32, {device}", "asked for")
     if backend == "bundle":
         return plain
     unfit = []
     for folder, engines, reasons in engine_choices(bundle, manifest, device):
         if engines is not None and not reasons:
-            return _built_choice(folder, engines, device, threads)
+            return _built_choice(folder, engines, device, threads, low_memory)
         unfit.append(f"{folder.name}: {', '.join(reasons)}")
     lacks = "; ".join(unfit) or "nothing was built for it"
     if backend != "auto":
@@ -73,16 +76,18 @@ def choose(
     return Choice(plain.backend, plain.name, f"{lacks}; for speed {MENDS[device]}", notable=bool(unfit))
 
 
-def _built_choice(folder: Path, engines: EngineSet, device: str, threads: int | None) -> Choice:
+def _built_choice(
+    folder: Path, engines: EngineSet, device: str, threads: int | None, low_memory: bool
+) -> Choice:
     from uc3d_rt.backends.onnxruntime import OnnxRuntimeQuantized
     from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
 
     reason = f"{folder.name} fits"
     if device == "cpu":
         names = ", ".join(engines.engines)
-        quantized = OnnxRuntimeQuantized(folder, engines, threads)
+        quantized = OnnxRuntimeQuantized(folder, engines, threads, low_memory)
         return Choice(quantized, f"onnxruntime, {names} in {engines.precision}, cpu", reason, notable=True)
-    fused = OnnxRuntimeEngines(folder, engines)
+    fused = OnnxRuntimeEngines(folder, engines, low_memory=low_memory)
     return Choice(fused, f"onnxruntime, {engines.precision}, cuda", reason, notable=True)
 
 

@@ -25,7 +25,8 @@ _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 class OnnxRuntimeBackend(Backend):
     """Opens bundle networks as ONNX Runtime sessions."""
 
-    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, device: str = "cpu", threads: int | None = None, low_memory: bool = False) -> None:
+        self.low_memory = low_memory
         self.device = device
         self.threads = threads
 
@@ -41,8 +42,10 @@ class OnnxRuntimeBackend(Backend):
 class OnnxRuntimeQuantized(OnnxRuntimeBackend):
     """The bundle's networks on the CPU, but for those that `python -m export quantize` made int8."""
 
-    def __init__(self, folder: Path, engines: EngineSet, threads: int | None = None) -> None:
-        super().__init__("cpu", threads)
+    def __init__(
+        self, folder: Path, engines: EngineSet, threads: int | None = None, low_memory: bool = False
+    ) -> None:
+        super().__init__("cpu", threads, low_memory)
         self.folder = folder
         self.engines = engines
 
