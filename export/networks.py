@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from train.checkpoint import load_vae, load_weights, preset_of
 from train.model import MultiviewModel
 from train.presets import Preset
 from train.vae import Vae
+
+if TYPE_CHECKING:
+    from train.pretrained import KlVae
 
 
 class _Encode(nn.Module):
@@ -37,7 +41,11 @@ def load_networks(checkpoint: Path) -> tuple[Preset, dict[str, nn.Module]]:
     preset = preset_of(checkpoint)
     model = MultiviewModel(preset)
     load_weights(model, checkpoint / "ema.safetensors", "give the folder of a whole checkpoint")
-    vae = load_vae(checkpoint, preset)
+    return preset, modules_of(model, load_vae(checkpoint, preset))
+
+
+def modules_of(model: MultiviewModel, vae: Vae | KlVae) -> dict[str, nn.Module]:
+    """The contract's five modules, ready to be exported."""
     networks: dict[str, nn.Module] = {
         "image_encoder": model.encoder,
         "vae_encoder": _Encode(vae),
@@ -47,7 +55,7 @@ def load_networks(checkpoint: Path) -> tuple[Preset, dict[str, nn.Module]]:
     }
     for network in networks.values():
         network.eval().requires_grad_(False)
-    return preset, networks
+    return networks
 
 
 def example_tensors(preset: Preset, name: str, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
