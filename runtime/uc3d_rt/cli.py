@@ -63,6 +63,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
     "--backend", default="auto", show_default=True,
     help="onnxruntime: what was built for it; bundle: its own files, fp32; auto: the first that fits.",
 )  # fmt: skip
+@click.option("--fit-device", help="Where the fit runs: cpu or cuda; as --device if left out.")
 @click.option("--threads", type=int, help="CPU threads; all if left out.")
 @click.option("--quiet", is_flag=True, help="No progress and no timings; warnings and errors still show.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -83,6 +84,7 @@ def command(
     bundle: Path | None,
     device: str,
     backend: str,
+    fit_device: str | None,
     threads: int | None,
     quiet: bool,
     debug: bool,
@@ -103,7 +105,7 @@ def command(
         mesh_options = MeshOptions(texture=texture)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    pipeline = Pipeline.from_bundle(bundle, device, threads, backend)
+    pipeline = Pipeline.from_bundle(bundle, device, threads, backend, fit_device)
     if not quiet and pipeline.choice is not None and (pipeline.choice.notable or device != "cpu"):
         click.echo(f"runs on {pipeline.choice}", err=True)
     if threads is not None:

@@ -22,6 +22,7 @@ from uc3d_rt.engines import (
     this_machine,
 )
 from uc3d_rt.errors import BackendError, BundleError
+from uc3d_rt.neus.cuda_device import cuda_driver
 
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 """Two distributions of one module: whichever was installed last has overwritten the other."""
@@ -66,13 +67,18 @@ def diagnose(bundle: Path) -> tuple[list[str], list[str]]:
 
 
 def device_lines(bundle: Path, manifest: Manifest) -> Iterator[str]:
-    """What `--device` would run on."""
+    """What `--device` and `--fit-device` would run on."""
     for device in DEVICES:
         try:
             check_provider(device)
             yield f"--device {device}: {choose(bundle, manifest, device)}"
         except (BackendError, ImportError) as error:
             yield f"--device {device}: {error}"
+    try:
+        cuda_driver()
+        yield "--fit-device cuda: ready"
+    except BackendError as error:
+        yield f"--fit-device cuda: {error}"
 
 
 def machine_lines(machine: Machine | None) -> Iterator[str]:
