@@ -32,12 +32,12 @@ from train.mesh_metrics import chamfer
 from train.metrics import silhouette_iou
 from train.objects import Object, find_objects, load_object
 from train.render import Scene, View
+from uc3d_rt.cuda_device import CudaDevice
+from uc3d_rt.device import Device
 from uc3d_rt.mesh.build import MeshOptions, build_mesh
 from uc3d_rt.mesh.extract import extract_surface
 from uc3d_rt.mesh.raster import render_normals
 from uc3d_rt.mesh.writers import export_mesh
-from uc3d_rt.neus.cuda_device import CudaDevice
-from uc3d_rt.neus.device import Device
 from uc3d_rt.neus.field import Field
 from uc3d_rt.neus.fit import FitOptions, fit
 from uc3d_rt.neus.hull import hull_sdf

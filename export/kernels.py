@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from uc3d_rt.cuda_device import FATBIN
 from uc3d_rt.errors import BackendError, OutputError, UsageError
-from uc3d_rt.neus.cuda_device import FATBIN
 
 SOURCES = FATBIN.parent
 TARGETS: tuple[str, ...] = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

@@ -61,7 +61,8 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
     "--backend", default="auto", show_default=True,
-    help="onnxruntime: what was built for it; bundle: its own files, fp32; auto: the first that fits.",
+    help="onnxruntime, tensorrt, tensorrt-rtx: what was built for it; bundle: its own files, fp32; "
+    "auto: the first of these that fits.",
 )  # fmt: skip
 @click.option("--fit-device", help="Where the fit runs: cpu or cuda; as --device if left out.")
 @click.option("--threads", type=int, help="CPU threads; all if left out.")

@@ -12,6 +12,7 @@ from uc3d_rt.backends.base import DEVICES
 from uc3d_rt.backends.choice import choose
 from uc3d_rt.backends.onnxruntime import check_provider
 from uc3d_rt.contract import Manifest, load_manifest, verified_network_path
+from uc3d_rt.cuda_device import cuda_driver
 from uc3d_rt.engines import (
     LIBRARY_MODULES,
     Machine,
@@ -22,7 +23,6 @@ from uc3d_rt.engines import (
     this_machine,
 )
 from uc3d_rt.errors import BackendError, BundleError
-from uc3d_rt.neus.cuda_device import cuda_driver
 
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 """Two distributions of one module: whichever was installed last has overwritten the other."""

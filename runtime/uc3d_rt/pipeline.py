@@ -31,8 +31,8 @@ from uc3d_rt.views import decode_normals
 if TYPE_CHECKING:
     import trimesh
 
+    from uc3d_rt.cuda_device import CudaDevice
     from uc3d_rt.mesh.build import MeshOptions
-    from uc3d_rt.neus.cuda_device import CudaDevice
     from uc3d_rt.neus.fit import FitOptions
 
 FloatArray = NDArray[np.float32]
@@ -124,7 +124,7 @@ class Pipeline:
                 )
         choice = choose(bundle, manifest, device, backend, threads)
         if fit_device == "cuda":
-            from uc3d_rt.neus.cuda_device import cuda_driver
+            from uc3d_rt.cuda_device import cuda_driver
 
             cuda_driver()  # before any work is done
         return cls(bundle, manifest, choice.backend, choice, fit_device)
@@ -322,7 +322,7 @@ class Pipeline:
         if self.fit_device == "cpu":
             yield None
             return
-        from uc3d_rt.neus.cuda_device import CudaDevice
+        from uc3d_rt.cuda_device import CudaDevice
 
         with self._resource("fit device", CudaDevice) as device:
             yield device

@@ -10,9 +10,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from uc3d_rt import cuda_device
+from uc3d_rt.cuda_device import CudaDevice, cuda_driver
 from uc3d_rt.errors import BackendError
-from uc3d_rt.neus import cuda_device
-from uc3d_rt.neus.cuda_device import CudaDevice, cuda_driver
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -92,6 +92,7 @@ def test_errors_of_the_driver_say_the_mend(driver: Driver, name: str, status: in
     driver.fails[name] = status
     with pytest.raises(BackendError, match=f"{name} failed.*{mend}"), CudaDevice() as device:
         device.empty((4,), np.float32)
+        device.launch("bend", 1)
     assert driver.names().count("cuDevicePrimaryCtxRetain") == driver.names().count(
         "cuDevicePrimaryCtxRelease"
     )

@@ -8,10 +8,10 @@ import pytest
 
 from tests.runtime import analytic
 from tests.runtime.host_device import HostDevice, compiler
+from uc3d_rt.device import Device, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.extract import extract_surface
 from uc3d_rt.neus.adam import adam_step
-from uc3d_rt.neus.device import Device, cleared, uploaded
 from uc3d_rt.neus.device_fit import PROGRESS, DeviceState, refined
 from uc3d_rt.neus.field import near_nodes, resample
 from uc3d_rt.neus.fit import FitOptions, fit, ray_gradient, smoothness, thickness_weight
@@ -26,7 +26,7 @@ ONE = 2.0**32
 @pytest.fixture(scope="module", params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     if request.param == "cuda":
-        from uc3d_rt.neus.cuda_device import CudaDevice
+        from uc3d_rt.cuda_device import CudaDevice
 
         with CudaDevice() as found:
             yield found

@@ -20,7 +20,7 @@ from uc3d_rt.engines import (
 )
 from uc3d_rt.errors import BackendError, BundleError, UsageError
 
-BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "bundle")
+BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "bundle")
 MENDS = {
     "cpu": "run: python -m export quantize PICTURES",
     "cuda": f"{REBUILD} --backend onnxruntime",
@@ -49,8 +49,8 @@ def choose(
         bundle: whose engines are looked at.
         manifest: of the bundle.
         device: one of `uc3d_rt.backends.base.DEVICES`.
-        backend: one of `BACKENDS`: "onnxruntime" runs what was built for it, "bundle" the bundle's own
-            files in fp32, "auto" the first if it fits and else the second.
+        backend: one of `BACKENDS`: "bundle" runs the bundle's own files in fp32, "auto" the first that
+            fits, any other what was built for it.
         threads: CPU threads a network may use; None leaves the choice to the library.
 
     Raises:
@@ -62,14 +62,24 @@ def choose(
     plain = Choice(backend_for(device, threads), f"the bundle's own files, fp32, {device}", "asked for")
     if backend == "bundle":
         return plain
-    unfit = []
+    unfit, fitting = [], []
     for folder, engines, reasons in engine_choices(bundle, manifest, device):
-        if engines is not None and not reasons:
-            return _built_choice(folder, engines, device, threads)
-        unfit.append(f"{folder.name}: {', '.join(reasons)}")
+        if engines is None:
+            unfit.append(f"{folder.name}: {', '.join(reasons)}")
+        elif backend in ("auto", engines.backend):
+            if reasons:
+                unfit.append(f"{folder.name}: {', '.join(reasons)}")
+            else:
+                fitting.append((BACKENDS.index(engines.backend), folder, engines))
+    if fitting:
+        _, folder, engines = min(fitting, key=lambda one: one[0])
+        return _built_choice(folder, engines, device, threads)
     lacks = "; ".join(unfit) or "nothing was built for it"
     if backend != "auto":
-        raise BackendError(f"{backend} has nothing that fits --device {device} ({lacks}); {MENDS[device]}")
+        mend = MENDS[device] if backend == "onnxruntime" else f"{REBUILD} --backend {backend}"
+        if device == "cpu" and backend != "onnxruntime":
+            raise UsageError(f"--backend {backend} runs on GPUs alone; add --device cuda")
+        raise BackendError(f"{backend} has nothing that fits --device {device} ({lacks}); {mend}")
     return Choice(plain.backend, plain.name, f"{lacks}; for speed {MENDS[device]}", notable=bool(unfit))
 
 
@@ -82,6 +92,11 @@ def _built_choice(folder: Path, engines: EngineSet, device: str, threads: int | 
         names = ", ".join(engines.engines)
         quantized = OnnxRuntimeQuantized(folder, engines, threads)
         return Choice(quantized, f"onnxruntime, {names} in {engines.precision}, cpu", reason, notable=True)
+    if engines.backend != "onnxruntime":
+        from uc3d_rt.backends.tensorrt import TensorRtEngines
+
+        name = f"{engines.backend}, {engines.precision}, cuda"
+        return Choice(TensorRtEngines(folder, engines), name, reason, notable=True)
     fused = OnnxRuntimeEngines(folder, engines)
     return Choice(fused, f"onnxruntime, {engines.precision}, cuda", reason, notable=True)
 
@@ -101,6 +116,4 @@ def engine_choices(
         if (engines.targets == (CPU,)) != (device == "cpu"):
             continue
         reasons = misfits(engines, folder, manifest, machine, installed_version(engines.backend))
-        if engines.backend != "onnxruntime":
-            reasons.append(f"the runtime does not open {engines.backend} engines yet")
         yield folder, engines, reasons

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from uc3d_rt.device import Buffer, Device, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.neus.adam import BETA_1, BETA_2
-from uc3d_rt.neus.device import Buffer, Device, cleared, uploaded
 from uc3d_rt.neus.redistance import MARGIN
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from uc3d_rt.device import Device
 from uc3d_rt.errors import FitError
-from uc3d_rt.neus.device import Device
 from uc3d_rt.neus.field import Field, near_nodes, node_coordinates, resample
 from uc3d_rt.neus.hull import hull_sdf
 from uc3d_rt.neus.losses import keep_best, mask_loss, normal_loss, rgb_loss

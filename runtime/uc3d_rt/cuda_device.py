@@ -1,7 +1,7 @@
 """A CUDA device: the one module that calls the driver, through NVIDIA's `cuda-bindings`.
 
 `cuda-bindings` comes as wheels, where PyCUDA is compiled on the user's machine.  The kernels were compiled
-beforehand (`python -m export build-kernels`) and stand beside this file's sources as one fatbin.
+beforehand (`python -m export build-kernels`) and stand beside their sources in `neus/cuda` as one fatbin.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from uc3d_rt.device import Buffer, Scalar
 from uc3d_rt.errors import BackendError
-from uc3d_rt.neus.device import Buffer, Scalar
 
-FATBIN = Path(__file__).parent / "cuda" / "kernels.fatbin"
+FATBIN = Path(__file__).parent / "neus" / "cuda" / "kernels.fatbin"
 BLOCK = 128
 MENDS = {  # by the driver's status
     2: "free memory of the GPU, use a smaller --resolution, or add --fit-device cpu",
@@ -92,21 +92,22 @@ class CudaDevice:
     """
 
     def __init__(self, ordinal: int = 0) -> None:
-        """Retain the context and load the kernels.
+        """Retain the context.
 
         Raises:
-            BackendError: no `cuda-bindings`, driver, GPU or fatbin, or one that does not fit the GPU.
+            BackendError: no `cuda-bindings`, driver, GPU or kernels.
         """
         self._driver = cuda_driver(ordinal)
         self._buffers: dict[int, CudaBuffer] = {}
         self._kernels: dict[str, Any] = {}
-        self._context = self._module = self._stream = None
+        self._context: Any = None
+        self._module: Any = None
+        self._stream: Any = None
         try:
             (self._device,) = self._call("cuDeviceGet", ordinal)
             (self._context,) = self._call("cuDevicePrimaryCtxRetain", self._device)
             self._call("cuCtxPushCurrent", self._context)
             (self._stream,) = self._call("cuStreamCreate", 1)  # does not wait for the default stream
-            (self._module,) = self._call("cuModuleLoadData", FATBIN.read_bytes())
         except BaseException:
             self.close()
             raise
@@ -159,19 +160,19 @@ class CudaDevice:
         source = np.ascontiguousarray(array)
         # From memory that may be swapped: the driver has copied it when the call returns.
         self._call("cuMemcpyHtoDAsync", own.address, source.ctypes.data, own.nbytes, self._stream)
-        self._call("cuStreamSynchronize", self._stream)
+        self.wait()
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
         """See `Device`."""
         own = cast(CudaBuffer, buffer)
         array = np.empty(own.shape, own.dtype)
         self._call("cuMemcpyDtoHAsync", array.ctypes.data, own.address, own.nbytes, self._stream)
-        self._call("cuStreamSynchronize", self._stream)
+        self.wait()
         return array
 
     def free(self, buffers: Sequence[Buffer]) -> None:
         """See `Device`."""
-        self._call("cuStreamSynchronize", self._stream)
+        self.wait()
         for buffer in buffers:
             own = cast(CudaBuffer, buffer)
             del self._buffers[own.address]
@@ -179,6 +180,8 @@ class CudaDevice:
 
     def launch(self, kernel: str, threads: int, *arguments: Buffer | Scalar | None) -> None:
         """See `Device`."""
+        if self._module is None:
+            (self._module,) = self._call("cuModuleLoadData", FATBIN.read_bytes())
         if kernel not in self._kernels:
             (self._kernels[kernel],) = self._call("cuModuleGetFunction", self._module, kernel.encode())
         values = [
@@ -193,6 +196,19 @@ class CudaDevice:
             "cuLaunchKernel", self._kernels[kernel], blocks, 1, 1, BLOCK, 1, 1, 0, self._stream,
             pointers.ctypes.data, 0,
         )  # fmt: skip
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream that all work goes into, for other libraries."""
+        return int(self._stream)
+
+    def wait(self) -> None:
+        """Until all work is done.
+
+        Raises:
+            BackendError: it failed.
+        """
+        self._call("cuStreamSynchronize", self._stream)
 
     def free_memory(self) -> tuple[int, int]:
         """Bytes of the GPU that are free, and all."""
