@@ -272,6 +272,25 @@ def quantize(bundle: Path, pictures: tuple[Path, ...]) -> None:
         click.echo(f"colour views against fp32: {views} dB")
 
 
+@cli.command("build-kernels")
+@click.option("--target", "targets", help="GPUs as sm_90,sm_120; default: all from sm_75 on, and PTX.")
+def build_kernels(targets: str | None) -> None:
+    """Compile the CUDA kernels of the fit into the fatbin that the runtime loads; needs nvcc.
+
+    The fatbin is part of the source tree: only who changes a kernel has to build it again.
+    """
+    with plain_errors():
+        from export.kernels import FATBIN, TARGETS
+        from export.kernels import build_kernels as built
+
+        names = TARGETS if targets is None else tuple(n.strip() for n in targets.split(",") if n.strip())
+        kernels = built(names)
+        size = FATBIN.stat().st_size / 2**20
+        click.echo(
+            f"{FATBIN}: {size:.2f} MiB by nvcc {kernels.nvcc}, for {', '.join(kernels.targets)} and PTX"
+        )
+
+
 @cli.command()
 @bundle_option
 def inspect(bundle: Path) -> None:

@@ -25,7 +25,7 @@ from export.data_file import graph_bytes
 from export.example_inputs import example_inputs
 from export.onnxruntime_builder import build_part, data_file
 from export.step_graph import PLAN_ROWS
-from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, known_targets, library
+from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, library
 from export.typed_graph import WEIGHTS, relative_error, typed_graph
 from uc3d_rt.contract import (
     NETWORK_NAMES,
@@ -44,6 +44,7 @@ from uc3d_rt.engines import (
     EngineFile,
     EngineSet,
     installed_version,
+    known_targets,
     load_engine_set,
     parts_of,
     save_engine_set,

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from uc3d_rt.engines import LIBRARY_MODULES
+from uc3d_rt.engines import LIBRARY_MODULES, known_targets
 from uc3d_rt.errors import BackendError, UsageError
 
 
@@ -45,18 +45,6 @@ def library(backend: str) -> ModuleType:
         return importlib.import_module(LIBRARY_MODULES[backend])
     except ImportError as error:
         raise BackendError(f"{backend} does not load ({error}); {LIBRARIES[backend].mend}") from error
-
-
-def known_targets(backend: str) -> tuple[str, ...]:
-    """Targets that can be built for from here: "sm_86" and the like.
-
-    Empty where the library builds for the GPU it runs on alone.
-    """
-    if backend == "onnxruntime":
-        return ()  # a fused graph runs on every GPU that the provider knows
-    kinds = getattr(library(backend), "ComputeCapability", None)
-    names = [] if kinds is None else [name for name in kinds.__members__ if name.startswith("SM")]
-    return tuple("sm_" + name[2:] for name in sorted(names, key=lambda name: int(name[2:])))
 
 
 def check_targets(backend: str, targets: Sequence[str]) -> None:

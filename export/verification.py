@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from export.typed_graph import rounded_session, typed_graph
 from uc3d_rt.backends.base import Backend, Network, check_inputs
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeNetwork, OnnxRuntimeQuantized
 from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
+from uc3d_rt.backends.tensorrt import TensorRtEngines
 from uc3d_rt.contract import (
     NETWORK_NAMES,
     Manifest,
@@ -31,7 +32,6 @@ from uc3d_rt.contract import (
 )
 from uc3d_rt.engines import (
     CPU,
-    EngineSet,
     built_folders,
     installed_version,
     load_engine_set,
@@ -219,11 +219,13 @@ def _engine_checks(
         if reasons:
             yield Check(folder.name, "all", note=f"not run: {'; '.join(reasons)}")
             continue
-        backend: Backend = EngineBackend(folder, engines)
+        backend: Backend
         if engines.targets == (CPU,):
             backend = OnnxRuntimeQuantized(folder, engines)
         elif engines.backend == "onnxruntime":
             backend = OnnxRuntimeEngines(folder, engines)
+        else:
+            backend = TensorRtEngines(folder, engines)
         for name in () if engines.precision == "int8" else NETWORK_NAMES:
             built = engines.engines.get(name)  # the UNet may be there as steps, which take what it takes
             batches = engine_batches(manifest.shape)[name] if built is None else built.batches
@@ -235,46 +237,6 @@ def _engine_checks(
             what = f"sample: {kind} views"
             limit = SAMPLE_LIMIT_DB["int8" if engines.precision == "int8" else "fp16"]
             yield Check(folder.name, what, decibels, limit, more_is_better=True)
-
-
-class EngineBackend(Backend):
-    """Engines of one folder, run by Polygraphy; they take the batch sizes they were built for."""
-
-    def __init__(self, folder: Path, engines: EngineSet) -> None:
-        self._folder, self._engines = folder, engines
-
-    def open(self, bundle: Path, manifest: Manifest, name: str) -> Network:
-        """Load one engine; raises as `Backend.open`."""
-        import polygraphy.config
-
-        polygraphy.config.USE_TENSORRT_RTX = self._engines.backend == "tensorrt-rtx"
-        from polygraphy.backend import trt
-
-        engine = self._engines.engines[name]
-        load = trt.EngineFromBytes((self._folder / engine.file).read_bytes())
-        runners = {
-            batch: trt.TrtRunner(load, optimization_profile=index)
-            for index, batch in enumerate(engine.batches)
-        }
-        spec = network_specs(manifest.shape)[name]
-        return EngineNetwork(runners, spec, manifest.shape.views)
-
-
-class EngineNetwork(Network):
-    """One engine, a Polygraphy runner for each of its profiles."""
-
-    def __init__(self, runners: dict[int, Any], spec: NetworkSpec, views: int) -> None:
-        self._runners, self._spec, self._views = runners, spec, views
-
-    def __call__(self, **inputs: FloatArray) -> dict[str, FloatArray]:
-        check_inputs(self._spec, inputs, self._views)
-        first = next(t for t in self._spec.inputs if t.shape[0] == "batch")
-        with self._runners[inputs[first.name].shape[0]] as runner:
-            found = runner.infer(inputs)
-            return {tensor.name: np.array(found[tensor.name]) for tensor in self._spec.outputs}
-
-    def close(self) -> None:
-        """Polygraphy frees an engine after each call."""
 
 
 def table(checks: list[Check], say: Callable[[str], None]) -> bool:

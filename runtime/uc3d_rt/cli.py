@@ -61,8 +61,10 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
     "--backend", default="auto", show_default=True,
-    help="onnxruntime: what was built for it; bundle: its own files, fp32; auto: the first that fits.",
+    help="onnxruntime, tensorrt, tensorrt-rtx: what was built for it; bundle: its own files, fp32; "
+    "auto: the first of these that fits.",
 )  # fmt: skip
+@click.option("--fit-device", help="Where the fit runs: cpu or cuda; as --device if left out.")
 @click.option(
     "--low-memory", is_flag=True,
     help="Call the UNet for one object where guidance would take two, and free each stage before the next: "
@@ -88,6 +90,7 @@ def command(
     bundle: Path | None,
     device: str,
     backend: str,
+    fit_device: str | None,
     low_memory: bool,
     threads: int | None,
     quiet: bool,
@@ -109,7 +112,7 @@ def command(
         mesh_options = MeshOptions(texture=texture)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    pipeline = Pipeline.from_bundle(bundle, device, threads, backend, low_memory)
+    pipeline = Pipeline.from_bundle(bundle, device, threads, backend, fit_device, low_memory)
     if not quiet and pipeline.choice is not None and (pipeline.choice.notable or device != "cpu"):
         click.echo(f"runs on {pipeline.choice}", err=True)
     if threads is not None:

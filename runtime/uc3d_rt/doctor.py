@@ -12,6 +12,7 @@ from uc3d_rt.backends.base import DEVICES
 from uc3d_rt.backends.choice import choose
 from uc3d_rt.backends.onnxruntime import check_provider
 from uc3d_rt.contract import Manifest, load_manifest, verified_network_path
+from uc3d_rt.cuda_device import cuda_driver
 from uc3d_rt.engines import (
     LIBRARY_MODULES,
     Machine,
@@ -66,13 +67,18 @@ def diagnose(bundle: Path) -> tuple[list[str], list[str]]:
 
 
 def device_lines(bundle: Path, manifest: Manifest) -> Iterator[str]:
-    """What `--device` would run on."""
+    """What `--device` and `--fit-device` would run on."""
     for device in DEVICES:
         try:
             check_provider(device)
             yield f"--device {device}: {choose(bundle, manifest, device)}"
         except (BackendError, ImportError) as error:
             yield f"--device {device}: {error}"
+    try:
+        cuda_driver()
+        yield "--fit-device cuda: ready"
+    except BackendError as error:
+        yield f"--fit-device cuda: {error}"
 
 
 def machine_lines(machine: Machine | None) -> Iterator[str]:

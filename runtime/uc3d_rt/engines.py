@@ -172,6 +172,22 @@ def installed_version(backend: str) -> str | None:
         return None
 
 
+def known_targets(backend: str) -> tuple[str, ...]:
+    """GPUs that the library of a backend can build for from anywhere: "sm_86" and the like.
+
+    Empty where it is not installed, or builds for the GPU it runs on alone.
+    """
+    if backend == "onnxruntime":
+        return ()  # a fused graph runs on every GPU that the provider knows
+    try:
+        library = importlib.import_module(LIBRARY_MODULES[backend])
+    except ImportError:
+        return ()
+    kinds = getattr(library, "ComputeCapability", None)
+    names = [] if kinds is None else [name for name in kinds.__members__ if name.startswith("SM")]
+    return tuple("sm_" + name[2:] for name in sorted(names, key=lambda name: int(name[2:])))
+
+
 def misfits(
     engines: EngineSet, folder: Path, manifest: Manifest, machine: Machine | None, installed: str | None
 ) -> list[str]:
@@ -206,8 +222,9 @@ def misfits(
         reasons.append(f"built by {engines.backend} {engines.version}, installed is {installed}")
     if on_cpu:
         return reasons
+    targets = engines.targets or known_targets(engines.backend)
     if machine is None:
         reasons.append("no NVIDIA GPU was found")
-    elif engines.targets and machine.target not in engines.targets:
-        reasons.append(f"built for {', '.join(engines.targets)}, but {machine.gpu} is {machine.target}")
+    elif targets and machine.target not in targets:
+        reasons.append(f"built for {', '.join(targets)}, but {machine.gpu} is {machine.target}")
     return reasons

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.backends.base import Backend, Network, Resource, Sampler
+from uc3d_rt.backends.base import DEVICES, Backend, Network, Resource, Sampler
 from uc3d_rt.backends.choice import Choice, choose
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
 from uc3d_rt.errors import BundleError, UsageError
@@ -31,6 +31,7 @@ from uc3d_rt.views import decode_normals
 if TYPE_CHECKING:
     import trimesh
 
+    from uc3d_rt.cuda_device import CudaDevice
     from uc3d_rt.mesh.build import MeshOptions
     from uc3d_rt.neus.fit import FitOptions
 
@@ -73,9 +74,15 @@ class Pipeline:
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, backend: Backend, choice: Choice | None = None
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        backend: Backend,
+        choice: Choice | None = None,
+        fit_device: str = "cpu",
     ) -> None:
         self.bundle = bundle
+        self.fit_device = fit_device
         self.choice = choice  # which backend it is, and why; None if it was given
         self.manifest = manifest
         self._backend = backend
@@ -88,6 +95,7 @@ class Pipeline:
         device: str = "cpu",
         threads: int | None = None,
         backend: str = "auto",
+        fit_device: str | None = None,
         low_memory: bool = False,
     ) -> Pipeline:
         """Open a bundle; None is the one that ships.
@@ -97,6 +105,7 @@ class Pipeline:
             device: "cpu" or "cuda"; never another than the one asked for.
             threads: CPU threads a network may use; None leaves the choice to ONNX Runtime.
             backend: "auto" takes the fastest that fits the device; `choice` says which and why.
+            fit_device: "cpu" or "cuda", of the fit; None = `device`.
             low_memory: call the UNet for one object at a time where guidance acts, and free every stage
                 before the next is loaded, also within `with pipeline:`.  The views are the same but for
                 rounding; a sample takes longer.
@@ -104,7 +113,11 @@ class Pipeline:
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.
             UsageError: unknown device or backend, or `threads` below 1.
+            BackendError: a device or backend asked for cannot run here.
         """
+        fit_device = device if fit_device is None else fit_device
+        if fit_device not in DEVICES:
+            raise UsageError(f"unknown fit device {fit_device!r}; choose one of {', '.join(DEVICES)}")
         bundle = default_bundle() if path is None else Path(path)
         manifest = load_manifest(bundle)
         for name, entry in manifest.networks.items():
@@ -114,7 +127,11 @@ class Pipeline:
                     "fetch or export it again"
                 )
         choice = choose(bundle, manifest, device, backend, threads, low_memory)
-        return cls(bundle, manifest, choice.backend, choice)
+        if fit_device == "cuda":
+            from uc3d_rt.cuda_device import cuda_driver
+
+            cuda_driver()  # before any work is done
+        return cls(bundle, manifest, choice.backend, choice, fit_device)
 
     def __call__(
         self,
@@ -209,6 +226,7 @@ class Pipeline:
 
         Raises:
             FitError: the views hold no surface.
+            BackendError: the fit's device is not there, or fails.
         """
         # numba compiles or loads its kernels here: not before the views are there.
         from uc3d_rt.mesh.build import MeshOptions, build_mesh
@@ -217,8 +235,8 @@ class Pipeline:
         fit_options = fit_options or FitOptions(seed=seed)
         mesh_options = mesh_options or MeshOptions()
         clock = _Clock(on_progress)
-        with clock.stage("fit") as tick:
-            surface = fit(views.color, views.normal, fit_options, tick)
+        with clock.stage("fit") as tick, self._fit_device() as device:
+            surface = fit(views.color, views.normal, fit_options, tick, device)
         with clock.stage("mesh") as tick:
             mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick)
         return Result(views, mesh, {**views.timings, **clock.seconds}, views.notes)
@@ -302,6 +320,16 @@ class Pipeline:
             "sampler", lambda: self._backend.open_sampler(self.bundle, self.manifest)
         ) as sampler:
             yield sampler
+
+    @contextmanager
+    def _fit_device(self) -> Iterator[CudaDevice | None]:
+        if self.fit_device == "cpu":
+            yield None
+            return
+        from uc3d_rt.cuda_device import CudaDevice
+
+        with self._resource("fit device", CudaDevice) as device:
+            yield device
 
     @contextmanager
     def _resource(self, name: str, opened: Callable[[], Held]) -> Iterator[Held]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import uc3d_rt.engines
 from uc3d_rt.backends import choice
 from uc3d_rt.backends.choice import choose
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend
@@ -56,6 +57,8 @@ def build(bundle: Path, manifest: Manifest, backend: str, version: str) -> Path:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine | None], None]:
     installed = {"onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1"}
     monkeypatch.setattr(choice, "installed_version", installed.get)
+    rtx = {"tensorrt-rtx": ("sm_86", "sm_120")}
+    monkeypatch.setattr(uc3d_rt.engines, "known_targets", lambda backend: rtx.get(backend, ()))
 
     def place(machine: Machine | None) -> None:
         monkeypatch.setattr(choice, "this_machine", lambda: machine)
@@ -92,7 +95,7 @@ def test_what_does_not_fit_is_named_with_its_reason(bundle: Path, manifest: Mani
     assert isinstance(found.backend, OnnxRuntimeBackend) and found.backend.device == "cuda"
     assert "fp32" in found.name
     assert "built by onnxruntime 1.30.0, installed is 1.31.1" in found.reason
-    assert "does not open tensorrt-rtx engines yet" in found.reason and found.notable
+    assert "built for sm_86, sm_120, but H100 is sm_90" in found.reason and found.notable
     assert "python -m export build-engines --backend onnxruntime" in found.reason
     with pytest.raises(BackendError, match="nothing that fits --device cuda .*1.30.0.*build-engines"):
         choose(bundle, manifest, "cuda", "onnxruntime")

@@ -9,6 +9,7 @@ from tests.runtime import analytic
 from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.build import MeshOptions, build_mesh
 from uc3d_rt.mesh.extract import extract_surface
+from uc3d_rt.mesh.raster import rasterize_pixels
 from uc3d_rt.mesh.refine import refine_surface
 from uc3d_rt.mesh.simplify import part_pinched_edges, simplify_surface
 from uc3d_rt.mesh.surface import Surface, crease_normals, is_closed, signed_volumes, vertex_normals
@@ -180,6 +181,51 @@ def test_the_atlas_keeps_the_faces_of_the_surface() -> None:
     surface = extract_surface(field_of(sphere_sdf((0, 0, 0), 0.6)), 0.05)
     atlas = unwrap_surface(surface, 256)
     np.testing.assert_array_equal(atlas.source[atlas.faces], surface.faces)
+
+
+def knot(around: int = 200, across: int = 12) -> Surface:
+    """A tube along a trefoil knot: seen from any side it lies over itself."""
+    t = np.linspace(0, 2 * np.pi, around, endpoint=False)
+    middle = np.stack([np.sin(t) + 2 * np.sin(2 * t), np.cos(t) - 2 * np.cos(2 * t), -np.sin(3 * t)], axis=1)
+    along = np.roll(middle, -1, axis=0) - np.roll(middle, 1, axis=0)
+    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    side = np.cross(along, middle)
+    side /= np.linalg.norm(side, axis=1, keepdims=True)
+    a = np.linspace(0, 2 * np.pi, across, endpoint=False)[None, :, None]
+    rings = middle[:, None] + 0.35 * (np.cos(a) * side[:, None] + np.sin(a) * np.cross(along, side)[:, None])
+    number = np.arange(around * across).reshape(around, across)
+    right, up = np.roll(number, -1, axis=0), np.roll(number, -1, axis=1)
+    corner = np.roll(right, -1, axis=1)
+    faces = np.concatenate([np.stack([number, right, corner], -1), np.stack([number, corner, up], -1)])
+    vertices = 0.25 * rings.reshape(-1, 3)
+    surface = Surface(vertices.astype(np.float32), faces.reshape(-1, 3).astype(np.int32))
+    flipped = Surface(surface.vertices, np.ascontiguousarray(surface.faces[:, ::-1]))
+    return surface if signed_volumes(surface).sum() > 0 else flipped
+
+
+def test_the_atlas_gives_every_place_a_texel_of_its_own() -> None:
+    surface, size = knot(), 512
+    assert is_closed(surface.faces)
+    atlas = unwrap_surface(surface, size)
+    np.testing.assert_array_equal(atlas.source[atlas.faces], surface.faces)
+    corner = atlas.faces.reshape(-1)
+    place, uv = surface.vertices[atlas.source[corner]], atlas.uv[corner] * size
+    faces = np.arange(len(corner), dtype=np.int32).reshape(-1, 3)
+    shared = np.zeros((size, size), bool)
+    for axis in range(3):  # nearest and farthest of all that is drawn onto a texel
+        near, far = (
+            rasterize_pixels(np.column_stack([uv, sign * place[:, axis]]), faces, size) for sign in (1, -1)
+        )
+        shared |= (near[0] >= 0) & (-far[2] - near[2] > 0.05)
+    assert shared.sum() < 1e-3 * (near[0] >= 0).sum()
+    assert (near[0] >= 0).mean() > 0.3  # of the texture is used; least-stretch charts fill 0.27 here
+    # No face is squeezed to nothing: texels are shared out by area, within a factor of a few.
+    e, d = np.diff(uv.reshape(-1, 3, 2), axis=1).transpose(1, 0, 2)
+    texels = np.abs(e[:, 0] * d[:, 1] - e[:, 1] * d[:, 0])
+    corners = surface.vertices[surface.faces]
+    area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
+    density = texels / area
+    assert density.min() > 0.09 * density.max()
 
 
 def test_mesh_options_are_checked() -> None:

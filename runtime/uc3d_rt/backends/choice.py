@@ -20,7 +20,7 @@ from uc3d_rt.engines import (
 )
 from uc3d_rt.errors import BackendError, BundleError, UsageError
 
-BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "bundle")
+BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "bundle")
 MENDS = {
     "cpu": "run: python -m export quantize PICTURES",
     "cuda": f"{REBUILD} --backend onnxruntime",
@@ -50,8 +50,8 @@ def choose(
         bundle: whose engines are looked at.
         manifest: of the bundle.
         device: one of `uc3d_rt.backends.base.DEVICES`.
-        backend: one of `BACKENDS`: "onnxruntime" runs what was built for it, "bundle" the bundle's own
-            files in fp32, "auto" the first if it fits and else the second.
+        backend: one of `BACKENDS`: "bundle" runs the bundle's own files in fp32, "auto" the first that
+            fits, any other what was built for it.
         threads: CPU threads a network may use; None leaves the choice to the library.
         low_memory: see `uc3d_rt.backends.base.Backend`.
 
@@ -65,14 +65,24 @@ def choose(
     plain = Choice(own, f"the bundle's own files, fp32, {device}", "asked for")
     if backend == "bundle":
         return plain
-    unfit = []
+    unfit, fitting = [], []
     for folder, engines, reasons in engine_choices(bundle, manifest, device):
-        if engines is not None and not reasons:
-            return _built_choice(folder, engines, device, threads, low_memory)
-        unfit.append(f"{folder.name}: {', '.join(reasons)}")
+        if engines is None:
+            unfit.append(f"{folder.name}: {', '.join(reasons)}")
+        elif backend in ("auto", engines.backend):
+            if reasons:
+                unfit.append(f"{folder.name}: {', '.join(reasons)}")
+            else:
+                fitting.append((BACKENDS.index(engines.backend), folder, engines))
+    if fitting:
+        _, folder, engines = min(fitting, key=lambda one: one[0])
+        return _built_choice(folder, engines, device, threads, low_memory)
     lacks = "; ".join(unfit) or "nothing was built for it"
     if backend != "auto":
-        raise BackendError(f"{backend} has nothing that fits --device {device} ({lacks}); {MENDS[device]}")
+        mend = MENDS[device] if backend == "onnxruntime" else f"{REBUILD} --backend {backend}"
+        if device == "cpu" and backend != "onnxruntime":
+            raise UsageError(f"--backend {backend} runs on GPUs alone; add --device cuda")
+        raise BackendError(f"{backend} has nothing that fits --device {device} ({lacks}); {mend}")
     return Choice(plain.backend, plain.name, f"{lacks}; for speed {MENDS[device]}", notable=bool(unfit))
 
 
@@ -87,6 +97,11 @@ def _built_choice(
         names = ", ".join(engines.engines)
         quantized = OnnxRuntimeQuantized(folder, engines, threads, low_memory)
         return Choice(quantized, f"onnxruntime, {names} in {engines.precision}, cpu", reason, notable=True)
+    if engines.backend != "onnxruntime":
+        from uc3d_rt.backends.tensorrt import TensorRtEngines
+
+        name = f"{engines.backend}, {engines.precision}, cuda"
+        return Choice(TensorRtEngines(folder, engines, low_memory), name, reason, notable=True)
     fused = OnnxRuntimeEngines(folder, engines, low_memory=low_memory)
     return Choice(fused, f"onnxruntime, {engines.precision}, cuda", reason, notable=True)
 
@@ -106,6 +121,4 @@ def engine_choices(
         if (engines.targets == (CPU,)) != (device == "cpu"):
             continue
         reasons = misfits(engines, folder, manifest, machine, installed_version(engines.backend))
-        if engines.backend != "onnxruntime":
-            reasons.append(f"the runtime does not open {engines.backend} engines yet")
         yield folder, engines, reasons

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from uc3d_rt.device import Device
 from uc3d_rt.errors import FitError
 from uc3d_rt.neus.field import Field, near_nodes, node_coordinates, resample
 from uc3d_rt.neus.hull import hull_sdf
@@ -99,6 +100,7 @@ def fit(
     normal: FloatArray,
     options: FitOptions | None = None,
     on_progress: Progress | None = None,
+    device: Device | None = None,
 ) -> Field:
     """Reconstruct the surface that six views show.
 
@@ -112,12 +114,14 @@ def fit(
         normal: (6, H, H, 3) unit world normals, zero = background.
         options: settings; None = `FitOptions()`.
         on_progress: called with (iterations done, iterations in all).
+        device: where the iterations run; None = on the CPU.
 
     Returns:
         The field, in world units.
 
     Raises:
         FitError: the views have wrong shapes or values, or show no object.
+        BackendError: the device failed, for example for want of memory.
     """
     options = options or FitOptions()
     color, normal, masks = check_views(color, normal)
@@ -131,34 +135,50 @@ def fit(
             "the six silhouettes have no volume in common; the views contradict each other, "
             "try another seed or more sampling steps"
         )
-    state: _State | None = None
+
+    def start_at(resolution: int) -> FloatArray:
+        """The hull in node spacings of a grid."""
+        start = hull if resolution == options.resolution else resample(hull, resolution)
+        return np.asarray(start * np.float32(0.5 * resolution), np.float32)
+
+    first = start_at(options.stages[0][0])
+    restore_distance(first)
+    carved = carve(first, pixels, masks.shape[-1], options.carve_steps)
+    colors = initial_colors(carved, color, masks)
+    if device is not None:
+        from uc3d_rt.neus.device_fit import fit_stages
+
+        starts = {len(first): first}
+        sdf, colors = fit_stages(
+            device, carved, colors, lambda r: starts.get(r, start_at(r)), pixels, masks.shape[-1], options,
+            on_progress,
+        )  # fmt: skip
+        return _in_world(sdf, colors)
+    state = _State(sdf=carved, color=colors, start=first)
     total, done = sum(count for _, count in options.stages), 0
     for stage, (resolution, count) in enumerate(options.stages):
-        start = hull if resolution == options.resolution else resample(hull, resolution)
-        start = start * np.float32(0.5 * resolution)
-        if state is None:
-            restore_distance(start)
-            sdf = carve(start, pixels, masks.shape[-1], options.carve_steps)
-            colors = initial_colors(sdf, color, masks)
-        else:
+        if stage > 0:
             # What the coarse stage moved is added to the fine hull, but not where the hull is too thin
             # for the coarse grid to have seen it: there the fine hull starts afresh.
-            moved = np.maximum(state.sdf - state.start, 0.0)
+            start, moved = start_at(resolution), np.maximum(state.sdf - state.start, 0.0)
             sdf = start + 2 * resample(moved, resolution) * thickness_weight(start)
-            colors = resample(state.color, resolution)
-        restore_distance(sdf)
-        state = _State(sdf=sdf, color=colors, start=start)
+            state = _State(sdf=sdf, color=resample(state.color, resolution), start=start)
+        restore_distance(state.sdf)
         for iteration in range(count):
             progress = iteration / max(count - 1, 1)
             _iterate(state, pixels, masks.shape[-1], options, stage, iteration, progress)
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
-    assert state is not None
     np.maximum(state.sdf, state.start - HULL_SLACK, out=state.sdf)
+    return _in_world(state.sdf, state.color)
+
+
+def _in_world(sdf: FloatArray, color: FloatArray) -> Field:
+    """The field of a grid in node spacings."""
     return Field(
-        sdf=(state.sdf * np.float32(2.0 / options.resolution)).astype(np.float32),
-        color=np.clip(state.color, 0.0, 1.0).astype(np.float32),
+        sdf=(sdf * np.float32(2.0 / len(sdf))).astype(np.float32),
+        color=np.clip(color, 0.0, 1.0).astype(np.float32),
     )
 
 

@@ -1,0 +1,106 @@
+"""Time picture to mesh, stage by stage, in one warm process; watch that memory does not grow.
+
+    python benchmarks/pipeline.py examples/*.png [--device cuda] [--runs 10] [--out DIR]
+
+The first run of the process is told apart: it compiles, loads and captures.  Medians are of the others,
+which take the pictures in turn.  GPU memory is what `nvidia-smi` says that the process has, its libraries
+with it.  Exits with 1 if the same picture gives another mesh than before, or the process' memory grows by
+more than a tenth after the third run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import click
+
+from uc3d_rt.errors import Uc3dError
+from uc3d_rt.pipeline import STAGES, Pipeline
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--bundle", type=click.Path(path_type=Path), help="Model bundle; else the one that ships.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--fit-device", help="As --device if left out.")
+@click.option("--runs", default=10, show_default=True, help="After the first.")
+@click.option("--steps", type=int, help="Else the bundle's.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep the meshes here.")
+def main(
+    pictures: tuple[Path, ...], bundle: Path | None, device: str, backend: str, fit_device: str | None,
+    runs: int, steps: int | None, out: Path | None,
+) -> None:  # fmt: skip
+    began = time.perf_counter()
+    try:
+        pipeline = Pipeline.from_bundle(bundle, device, backend=backend, fit_device=fit_device)
+    except Uc3dError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{pipeline.choice}; the fit: {pipeline.fit_device}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    digests: dict[Path, str] = {}
+    stages: list[dict[str, float]] = []
+    walls: list[float] = []
+    memory: list[float] = []
+    sound = True
+    with pipeline:
+        for run in range(runs + 1):
+            picture = pictures[run % len(pictures)]
+            started = began if run == 0 else time.perf_counter()
+            result = pipeline(picture, steps=steps)
+            mesh = result.mesh.export(file_type="glb")
+            wall = time.perf_counter() - started
+            digest = hashlib.sha256(mesh).hexdigest()
+            if digests.setdefault(picture, digest) != digest:
+                click.echo(f"{picture}: another mesh than before", err=True)
+                sound = False
+            if out is not None:
+                (out / f"{picture.stem}.glb").write_bytes(mesh)
+            memory.append(_resident_mib())
+            if run == 0:
+                click.echo(f"first run, opening with it: {wall:.2f} s")
+            else:
+                stages.append(result.timings)
+                walls.append(wall)
+        gpu = _gpu_mib()
+    for stage in STAGES:
+        seconds = [timings[stage] for timings in stages]
+        click.echo(
+            f"{stage:12s} {statistics.median(seconds):8.3f} s  ({min(seconds):.3f} to {max(seconds):.3f})"
+        )
+    click.echo(f"{'all':12s} {statistics.median(walls):8.3f} s  ({min(walls):.3f} to {max(walls):.3f})")
+    click.echo(f"{runs} runs, {len(digests)} pictures, medians; memory {memory[-1]:.0f} MiB")
+    if gpu is not None:
+        click.echo(f"GPU memory of this process: {gpu} MiB")
+    if len(memory) > 3 and memory[-1] > 1.1 * memory[3]:
+        click.echo(f"memory grew from {memory[3]:.0f} MiB after run 3 to {memory[-1]:.0f} MiB", err=True)
+        sound = False
+    raise SystemExit(0 if sound else 1)
+
+
+def _resident_mib() -> float:
+    """Memory of this process, MiB, as Linux counts it."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _gpu_mib() -> int | None:
+    """What `nvidia-smi` says that this process has; None without it."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    used = [line.split(",") for line in lines.splitlines() if line.count(",") == 1]
+    mine = [int(value) for pid, value in used if int(pid) == os.getpid() and value.strip().isdigit()]
+    return sum(mine) if mine else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""A CUDA device: the one module that calls the driver, through NVIDIA's `cuda-bindings`.
+
+`cuda-bindings` comes as wheels, where PyCUDA is compiled on the user's machine.  The kernels were compiled
+beforehand (`python -m export build-kernels`) and stand beside their sources in `neus/cuda` as one fatbin.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uc3d_rt.device import Buffer, Scalar
+from uc3d_rt.errors import BackendError
+
+FATBIN = Path(__file__).parent / "neus" / "cuda" / "kernels.fatbin"
+BLOCK = 128
+MENDS = {  # by the driver's status
+    2: "free memory of the GPU, use a smaller --resolution, or add --fit-device cpu",
+    100: "no NVIDIA GPU was found; use --device cpu",
+    209: "the kernels were not built for this GPU; run: python -m export build-kernels",
+    222: "the kernels need a newer NVIDIA driver",
+}
+MAX_BLOCKS = 65535
+"""Threads of a kernel take several elements where there are more."""
+
+
+@dataclass(frozen=True)
+class CudaBuffer:
+    """Memory of the GPU."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def cuda_driver(ordinal: int = 0) -> Any:
+    """The driver's Python module, after checking that the fit can run on a GPU; opens nothing on it.
+
+    Raises:
+        BackendError: no `cuda-bindings`, driver, GPU or kernels.
+    """
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise BackendError(
+            f"the fit on a GPU needs NVIDIA's cuda-bindings ({error}); run: pip install 'uc3d-rt[cuda]', "
+            "or add --fit-device cpu"
+        ) from error
+    if not FATBIN.is_file():
+        raise BackendError(f"{FATBIN} is missing; run: python -m export build-kernels")
+    try:
+        _call(driver, "cuInit", 0)
+    except RuntimeError as error:  # the driver's library does not load
+        raise BackendError(f"no NVIDIA driver ({error}); install it, or use --device cpu") from error
+    (count,) = _call(driver, "cuDeviceGetCount")
+    if ordinal >= count:
+        raise BackendError(f"there is no GPU {ordinal}: the driver knows {count}; use --device cpu")
+    return driver
+
+
+def _call(driver: Any, name: str, *arguments: Any) -> tuple[Any, ...]:
+    """Call the driver; its results without the status.
+
+    Raises:
+        BackendError: the driver says that it failed.
+    """
+    status, *results = getattr(driver, name)(*arguments)
+    if int(status) == 0:
+        return tuple(results)
+    what = str(status).rpartition(".")[2]
+    mend = MENDS.get(int(status), "if another program broke the GPU's state, start this one again")
+    raise BackendError(f"{name} failed on the GPU: {what}; {mend}")
+
+
+class CudaDevice:
+    """The primary context of a GPU, which other libraries of the process share, and our kernels in it.
+
+    Use it with `with`, in one thread; all work goes into one stream.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        """Retain the context.
+
+        Raises:
+            BackendError: no `cuda-bindings`, driver, GPU or kernels.
+        """
+        self._driver = cuda_driver(ordinal)
+        self._buffers: dict[int, CudaBuffer] = {}
+        self._kernels: dict[str, Any] = {}
+        self._context: Any = None
+        self._module: Any = None
+        self._stream: Any = None
+        try:
+            (self._device,) = self._call("cuDeviceGet", ordinal)
+            (self._context,) = self._call("cuDevicePrimaryCtxRetain", self._device)
+            self._call("cuCtxPushCurrent", self._context)
+            (self._stream,) = self._call("cuStreamCreate", 1)  # does not wait for the default stream
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """Give itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Free all memory and let go of the context; nothing else works any more."""
+        driver, context = self._driver, self._context
+        if context is None:
+            return
+        self._context = None
+        for address in self._buffers:
+            driver.cuMemFree(address)
+        self._buffers.clear()
+        if self._module is not None:
+            driver.cuModuleUnload(self._module)
+        if self._stream is not None:
+            driver.cuStreamDestroy(self._stream)
+        driver.cuCtxPopCurrent()
+        driver.cuDevicePrimaryCtxRelease(self._device)
+
+    def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> CudaBuffer:
+        """See `Device`."""
+        kind: np.dtype[Any] = np.dtype(dtype)
+        nbytes = math.prod(shape) * kind.itemsize
+        (address,) = self._call("cuMemAlloc", max(nbytes, 1))
+        buffer = CudaBuffer(int(address), tuple(shape), kind)
+        self._buffers[buffer.address] = buffer
+        return buffer
+
+    def clear(self, buffer: Buffer) -> None:
+        """See `Device`."""
+        own = cast(CudaBuffer, buffer)
+        self._call("cuMemsetD8Async", own.address, 0, own.nbytes, self._stream)
+
+    def upload(self, array: NDArray[Any], buffer: Buffer) -> None:
+        """See `Device`."""
+        own = cast(CudaBuffer, buffer)
+        if array.shape != own.shape or array.dtype != own.dtype:
+            raise ValueError(f"{array.dtype} {array.shape} does not fit into {own.dtype} {own.shape}")
+        source = np.ascontiguousarray(array)
+        # From memory that may be swapped: the driver has copied it when the call returns.
+        self._call("cuMemcpyHtoDAsync", own.address, source.ctypes.data, own.nbytes, self._stream)
+        self.wait()
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """See `Device`."""
+        own = cast(CudaBuffer, buffer)
+        array = np.empty(own.shape, own.dtype)
+        self._call("cuMemcpyDtoHAsync", array.ctypes.data, own.address, own.nbytes, self._stream)
+        self.wait()
+        return array
+
+    def free(self, buffers: Sequence[Buffer]) -> None:
+        """See `Device`."""
+        self.wait()
+        for buffer in buffers:
+            own = cast(CudaBuffer, buffer)
+            del self._buffers[own.address]
+            self._call("cuMemFree", own.address)
+
+    def launch(self, kernel: str, threads: int, *arguments: Buffer | Scalar | None) -> None:
+        """See `Device`."""
+        if self._module is None:
+            (self._module,) = self._call("cuModuleLoadData", FATBIN.read_bytes())
+        if kernel not in self._kernels:
+            (self._kernels[kernel],) = self._call("cuModuleGetFunction", self._module, kernel.encode())
+        values = [
+            np.array(a.address if isinstance(a, CudaBuffer) else 0, np.uint64)
+            if a is None or isinstance(a, CudaBuffer)
+            else np.array(a)
+            for a in arguments
+        ]
+        pointers = np.array([value.ctypes.data for value in values], np.uint64)
+        blocks = min(max(-(-threads // BLOCK), 1), MAX_BLOCKS)
+        self._call(
+            "cuLaunchKernel", self._kernels[kernel], blocks, 1, 1, BLOCK, 1, 1, 0, self._stream,
+            pointers.ctypes.data, 0,
+        )  # fmt: skip
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream that all work goes into, for other libraries."""
+        return int(self._stream)
+
+    def wait(self) -> None:
+        """Until all work is done.
+
+        Raises:
+            BackendError: it failed.
+        """
+        self._call("cuStreamSynchronize", self._stream)
+
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes of the GPU that are free, and all."""
+        free, total = self._call("cuMemGetInfo")
+        return int(free), int(total)
+
+    def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
+        return _call(self._driver, name, *arguments)

@@ -1,0 +1,4 @@
+// All kernels, as one module.
+#include "render.cu"
+#include "optimize.cu"
+#include "redistance.cu"

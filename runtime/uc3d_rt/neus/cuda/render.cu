@@ -1,0 +1,314 @@
+// NeuS rendering, its gradient, and the losses of a ray: twins of ../render.py, ../rays.py, ../losses.py.
+//
+// A ray is one thread.  Nothing is stored along it: the gradient goes front to back a second time, and
+// takes what lies behind a segment as the whole sum, which the first pass knows, less what came before.
+#include "grid.cuh"
+
+#define MAX_SAMPLES 256
+
+struct Ray {
+    int j;     // it runs between the node layers j and j + 1
+    float wy;  // weight of layer j + 1
+    float x0, z0, dx, dz, length, offset;
+};
+
+struct March {
+    float inv_s, step, band, cutoff;
+};
+
+struct Cell {
+    int low;  // flat index of its first corner
+    float wx, wz;
+};
+
+struct Sample {
+    Cell cell;
+    float f, phi;
+    bool joined;  // to the sample before, without a skip between
+};
+
+struct Marcher {
+    int k, count, before, n;
+};
+
+// Six views of elevation 0 and orthographic: a pixel's ray is horizontal.  False: it misses the grid.
+DEVICE bool trace_ray(const float* origin, const float* direction, int r, float offset, Ray& ray) {
+    const float half = 0.5f * r, last = r - 1.0f;
+    const float height = (origin[1] + 1.0f) * half - 0.5f;
+    if (!(height >= 0.0f && height < last)) return false;
+    const float at[2] = {(origin[0] + 1.0f) * half - 0.5f, (origin[2] + 1.0f) * half - 0.5f};
+    float enter = -INFINITY, leave = INFINITY;
+    for (int axis = 0; axis < 2; ++axis) {
+        const float d = direction[axis];
+        if (fabsf(d) < 1e-6f) {
+            if (!(at[axis] >= 0.0f && at[axis] <= last)) return false;
+            continue;
+        }
+        const float a = -at[axis] / d, b = (last - at[axis]) / d;
+        enter = fmaxf(enter, fminf(a, b));
+        leave = fminf(leave, fmaxf(a, b));
+    }
+    if (!(leave > enter)) return false;
+    ray.j = (int)floorf(height);
+    ray.wy = height - ray.j;
+    ray.dx = direction[0];
+    ray.dz = direction[1];
+    ray.x0 = at[0] + enter * ray.dx;
+    ray.z0 = at[1] + enter * ray.dz;
+    ray.length = leave - enter;
+    ray.offset = offset;
+    return true;
+}
+
+DEVICE Cell cell_at(const Ray& ray, int r, float t) {
+    const float x = ray.x0 + t * ray.dx, z = ray.z0 + t * ray.dz;
+    const int i = clampi((int)x, 0, r - 2), h = clampi((int)z, 0, r - 2);
+    Cell cell;
+    cell.low = (ray.j * r + h) * r + i;
+    cell.wx = x - i;
+    cell.wz = z - h;
+    return cell;
+}
+
+DEVICE float distance_at(const float* HOT sdf, const Ray& ray, int r, const Cell& c) {
+    const float* a = sdf + c.low;
+    const float* b = a + r * r;
+    const float low = (a[0] * (1 - c.wx) + a[1] * c.wx) * (1 - c.wz) + (a[r] * (1 - c.wx) + a[r + 1] * c.wx) * c.wz;
+    const float high = (b[0] * (1 - c.wx) + b[1] * c.wx) * (1 - c.wz) + (b[r] * (1 - c.wx) + b[r + 1] * c.wx) * c.wz;
+    return low * (1 - ray.wy) + high * ray.wy;
+}
+
+DEVICE Marcher marcher_of(const Ray& ray, float step) {
+    Marcher m;
+    m.k = 0;
+    m.count = (int)((ray.length - ray.offset * step) / step);
+    m.before = -2;
+    m.n = 0;
+    return m;
+}
+
+// The next sample within the band around the surface; false at the end of the ray.
+DEVICE bool next_sample(const float* HOT sdf, int r, const Ray& ray, const March& how, Marcher& m, Sample& s) {
+    while (m.k <= m.count) {
+        s.cell = cell_at(ray, r, (m.k + ray.offset) * how.step);
+        s.f = distance_at(sdf, ray, r, s.cell);
+        if (s.f > how.band) {
+            m.k += max(1, (int)((s.f - how.band) * 0.8f / how.step));
+            continue;
+        }
+        s.phi = 1.0f / (1.0f + expf(-clampf(how.inv_s * s.f, -40.0f, 40.0f)));
+        s.joined = m.before == m.k - 1;
+        m.before = m.k;
+        m.k += 1;
+        m.n += 1;
+        return true;
+    }
+    return false;
+}
+
+// Trilinear weight of a corner (bits y, z, x), and its three slopes.
+DEVICE float corner_weight(const Ray& ray, const Cell& c, int corner, float slope[3]) {
+    const float by = corner & 4 ? ray.wy : 1 - ray.wy;
+    const float bz = corner & 2 ? c.wz : 1 - c.wz;
+    const float bx = corner & 1 ? c.wx : 1 - c.wx;
+    slope[0] = by * bz * (corner & 1 ? 1.0f : -1.0f);
+    slope[1] = bz * bx * (corner & 4 ? 1.0f : -1.0f);
+    slope[2] = by * bx * (corner & 2 ? 1.0f : -1.0f);
+    return by * bz * bx;
+}
+
+DEVICE int corner_node(const Cell& c, int r, int corner) {
+    return c.low + (corner & 4 ? r * r : 0) + (corner & 2 ? r : 0) + (corner & 1);
+}
+
+// Opacity of the segment from a to b (NeuS Eq. 13), -1 where a skip lies between.
+DEVICE float alpha_of(const Sample& a, const Sample& b) { return b.joined ? fmaxf(1.0f - b.phi / a.phi, 0.0f) : -1.0f; }
+
+// Sum of colour (3), SDF gradient x, y, z (3) and weight (1) along a ray; no background.
+DEVICE void render_ray(
+    const float* HOT sdf, const float* HOT color, int r, const Ray& ray, const March& how, float sum[7]
+) {
+    for (int c = 0; c < 7; ++c) sum[c] = 0.0f;
+    Marcher m = marcher_of(ray, how.step);
+    Sample a, b;
+    float light = 1.0f, w_before = 0.0f;
+    bool more = next_sample(sdf, r, ray, how, m, a);
+    while (more) {
+        more = light >= how.cutoff && m.n < MAX_SAMPLES && next_sample(sdf, r, ray, how, m, b);
+        float w = 0.0f;
+        if (more) {
+            const float alpha = alpha_of(a, b);
+            if (alpha > 0.0f) {
+                w = light * alpha;
+                light *= 1.0f - alpha;
+            }
+        }
+        // A segment's colour and gradient are the mean of its two ends.
+        const float share = 0.5f * (w_before + w);
+        w_before = w;
+        sum[6] += w;
+        if (share > 0.0f) {
+            for (int corner = 0; corner < 8; ++corner) {
+                float slope[3];
+                const float weight = share * corner_weight(ray, a.cell, corner, slope);
+                const int node = corner_node(a.cell, r, corner);
+                const float f = share * sdf[node];
+                for (int c = 0; c < 3; ++c) {
+                    sum[c] += weight * color[3 * node + c];
+                    sum[3 + c] += slope[c] * f;
+                }
+            }
+        }
+        a = b;
+    }
+}
+
+// Gradient of one ray's loss: `d_out` (7) as of `out`, `sum` as of `render_ray`.  Returns that of inv_s.
+DEVICE float render_ray_backward(
+    const float* HOT sdf, const float* HOT color, int r, const Ray& ray, const March& how, const float sum[7],
+    const float d_out[7], Fixed* d_sdf, Fixed* d_color
+) {
+    const float g_o = d_out[6] - (d_out[0] + d_out[1] + d_out[2]);  // the white background behind
+    float behind = g_o * sum[6];  // what all segments from here on give
+    for (int c = 0; c < 6; ++c) behind += d_out[c] * sum[c];
+    Marcher m = marcher_of(ray, how.step);
+    Sample a, b;
+    float light = 1.0f, w_before = 0.0f, d_f = 0.0f, v_a = 0.0f, v_b = 0.0f, d_inv_s = 0.0f;
+    bool first = true, more = next_sample(sdf, r, ray, how, m, b);
+    // Each turn takes in sample b and lets go of sample a, whose two segments are known then.
+    while (true) {
+        float w = 0.0f, d_a = 0.0f, d_b = 0.0f;
+        if (more) {
+            v_b = g_o;
+            for (int corner = 0; corner < 8; ++corner) {
+                float slope[3];
+                const float weight = corner_weight(ray, b.cell, corner, slope);
+                const int node = corner_node(b.cell, r, corner);
+                v_b += (d_out[3] * slope[0] + d_out[4] * slope[1] + d_out[5] * slope[2]) * sdf[node];
+                for (int c = 0; c < 3; ++c) v_b += weight * d_out[c] * color[3 * node + c];
+            }
+            const float alpha = first ? -1.0f : alpha_of(a, b);
+            if (alpha > 0.0f) {
+                w = light * alpha;
+                const float mean = 0.5f * (v_a + v_b), ratio = b.phi / a.phi;
+                behind -= w * mean;
+                const float d_alpha = light * mean - behind / (1.0f - alpha);
+                d_b = -d_alpha * how.inv_s * (1.0f - b.phi) * ratio;
+                d_a = d_alpha * how.inv_s * (1.0f - a.phi) * ratio;
+                d_inv_s += d_alpha * ratio * (a.f * (1.0f - a.phi) - b.f * (1.0f - b.phi));
+                light *= 1.0f - alpha;
+            }
+        }
+        if (!first) {
+            const float share = 0.5f * (w_before + w);
+            d_f += d_a;
+            if (share > 0.0f || d_f != 0.0f) {
+                for (int corner = 0; corner < 8; ++corner) {
+                    float slope[3];
+                    const float weight = corner_weight(ray, a.cell, corner, slope);
+                    const int node = corner_node(a.cell, r, corner);
+                    add_fixed(
+                        d_sdf + node,
+                        share * (d_out[3] * slope[0] + d_out[4] * slope[1] + d_out[5] * slope[2]) + d_f * weight
+                    );
+                    if (share > 0.0f)
+                        for (int c = 0; c < 3; ++c) add_fixed(d_color + 3 * node + c, share * weight * d_out[c]);
+                }
+            }
+        }
+        if (!more) break;
+        first = false;
+        w_before = w;
+        d_f = d_b;
+        v_a = v_b;
+        a = b;
+        more = light >= how.cutoff && m.n < MAX_SAMPLES && next_sample(sdf, r, ray, how, m, b);
+    }
+    return d_inv_s;
+}
+
+DEVICE void over_white(const float sum[7], float out[7]) {
+    for (int c = 0; c < 3; ++c) out[c] = sum[c] + 1.0f - sum[6];
+    for (int c = 3; c < 7; ++c) out[c] = sum[c];
+}
+
+KERNEL render_rays(
+    const float* sdf, const float* color, int r, const float* origin, const float* direction, const float* offset,
+    int rays, float inv_s, float step, float band, float cutoff, float* out
+) {
+    const March how = {inv_s, step, band, cutoff};
+    for (int n = thread_index(); n < rays; n += thread_count()) {
+        Ray ray;
+        float sum[7] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+        if (trace_ray(origin + 3 * n, direction + 2 * n, r, offset[n], ray)) render_ray(sdf, color, r, ray, how, sum);
+        over_white(sum, out + 7 * n);
+    }
+}
+
+KERNEL render_rays_backward(
+    const float* sdf, const float* color, int r, const float* origin, const float* direction, const float* offset,
+    int rays, float inv_s, float step, float band, float cutoff, const float* d_out, Fixed* d_sdf, Fixed* d_color,
+    Fixed* d_inv_s
+) {
+    const March how = {inv_s, step, band, cutoff};
+    for (int n = thread_index(); n < rays; n += thread_count()) {
+        Ray ray;
+        float sum[7];
+        if (!trace_ray(origin + 3 * n, direction + 2 * n, r, offset[n], ray)) continue;
+        render_ray(sdf, color, r, ray, how, sum);
+        add_fixed(d_inv_s, render_ray_backward(sdf, color, r, ray, how, sum, d_out + 7 * n, d_sdf, d_color));
+    }
+}
+
+// Eq. 19-21 and the mask term of one ray: gradient of w_rgb L_rgb + w_normal L_normal + w_mask L_mask.
+DEVICE void ray_gradient(
+    const float out[7], const float* color, const float* normal, float mask, float w_rgb, float w_normal,
+    float w_mask, float scale, float d_out[7]
+) {
+    for (int c = 0; c < 3; ++c) d_out[c] = scale * w_rgb * 2.0f * (out[c] - color[c]);
+    const bool known = normal[0] != 0.0f || normal[1] != 0.0f || normal[2] != 0.0f;
+    const bool met = mask > 0.5f && out[6] > 0.3f;  // a ray through empty space has no normal to compare
+    const float* summed = out + 3;
+    const float length =
+        fmaxf(sqrtf(summed[0] * summed[0] + summed[1] * summed[1] + summed[2] * summed[2]), 1e-3f);
+    const float cosine = (summed[0] * normal[0] + summed[1] * normal[1] + summed[2] * normal[2]) / length;
+    for (int c = 0; c < 3; ++c)
+        d_out[3 + c] =
+            known && met ? scale * w_normal * (cosine * summed[c] / length - normal[c]) / length : 0.0f;
+    const float safe = clampf(out[6], 0.02f, 0.98f);
+    const bool settled = fabsf(out[6] - mask) <= 0.02f;
+    d_out[6] = settled ? 0.0f : scale * w_mask * (safe - mask) / (safe * (1.0f - safe));
+}
+
+DEVICE unsigned hashed(unsigned x) {  // "lowbias32" of C. Wellons: every bit of x moves half of the bits
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+DEVICE float jitter(unsigned key, unsigned n) { return (hashed(key ^ hashed(n)) >> 8) * (1.0f / 16777216.0f); }
+
+// One iteration's rays: every `stride`-th pixel from `start` on, rendered, compared, and differentiated.
+KERNEL fit_rays(
+    const float* sdf, const float* color, int r, const float* origin, const float* direction,
+    const float* target_color, const float* target_normal, const float* target_mask, int pixels, int start,
+    int stride, unsigned key, float step, float cutoff, float w_rgb, float w_normal, float w_mask, float scale,
+    Fixed* d_sdf, Fixed* d_color, Progress* progress
+) {
+    const March how = {progress->inv_s, step, progress->band, cutoff};
+    for (int n = start + stride * thread_index(); n < pixels; n += stride * thread_count()) {
+        Ray ray;
+        if (!trace_ray(origin + 3 * n, direction + 2 * n, r, jitter(key, n), ray)) continue;
+        float sum[7], out[7], d_out[7];
+        render_ray(sdf, color, r, ray, how, sum);
+        over_white(sum, out);
+        ray_gradient(
+            out, target_color + 3 * n, target_normal + 3 * n, target_mask[n], w_rgb, w_normal, w_mask, scale, d_out
+        );
+        add_fixed(
+            &progress->d_inv_s, render_ray_backward(sdf, color, r, ray, how, sum, d_out, d_sdf, d_color)
+        );
+    }
+}

@@ -1,0 +1,264 @@
+"""The iterations of the fit on a device: the loop of `fit.py` with the kernels of `cuda/`.
+
+Between the views that go in and the field that comes out nothing leaves the device, and the host waits
+for nothing.  Sums over rays are taken in fixed point, so the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uc3d_rt.device import Buffer, Device, cleared, uploaded
+from uc3d_rt.errors import FitError
+from uc3d_rt.neus.adam import BETA_1, BETA_2
+from uc3d_rt.neus.redistance import MARGIN
+
+if TYPE_CHECKING:
+    from uc3d_rt.neus.fit import FitOptions
+    from uc3d_rt.neus.rays import Pixels
+
+FloatArray = NDArray[np.float32]
+
+PROGRESS = np.dtype(
+    [
+        ("log_inv_s", "f8"), ("mean", "f8"), ("square", "f8"), ("inv_s", "f4"), ("band", "f4"),
+        ("nodes", "i4"), ("pad", "i4"), ("d_inv_s", "i8"),
+    ]
+)  # fmt: skip
+"""`Progress` of `cuda/grid.cuh`."""
+
+RELAXATIONS = 20
+"""Rounds after which distances within `MARGIN` nodes no longer change, one node a round and some more."""
+
+
+class DeviceState:
+    """The arrays of one stage, in node spacings, on a device."""
+
+    def __init__(self, device: Device, start: FloatArray, inv_s: float) -> None:
+        """Take the hull's distance (R, R, R); the field itself is not filled."""
+        r = start.shape[0]
+        self.device, self.resolution = device, r
+        self.start = uploaded(device, start)
+        self.sdf, self.spare = (device.empty((r, r, r), np.float32) for _ in range(2))
+        self.color = device.empty((r, r, r, 3), np.float32)
+        self.frozen = device.empty((r, r, r), np.uint8)
+        self.d_sdf, self.d_color = (cleared(device, (r, r, r, c), np.int64) for c in (1, 3))
+        self.moments = [cleared(device, (r, r, r, c), np.float32) for c in (1, 1, 3, 3)]
+        self.laplacian = cleared(device, (r, r, r), np.float32)
+        self.nodes = device.empty((r**3,), np.int32)
+        self.smooth, self.regular = (device.empty((r**3,), np.float32) for _ in range(2))
+        progress = np.zeros(1, PROGRESS)
+        progress["log_inv_s"], progress["inv_s"], progress["band"] = math.log(inv_s), inv_s, 4.5 / inv_s
+        self.progress = uploaded(device, progress.view(np.uint8))
+
+    @property
+    def count(self) -> int:
+        """Nodes in all."""
+        return int(self.resolution**3)
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.device.free(
+            [
+                self.start, self.sdf, self.spare, self.color, self.frozen, self.d_sdf, self.d_color,
+                *self.moments, self.laplacian, self.nodes, self.smooth, self.regular, self.progress,
+            ]
+        )  # fmt: skip
+
+    def restore_distance(self) -> None:
+        """Twin of `redistance.restore_distance`: a distance up to `MARGIN` nodes from the surface."""
+        r, launch = np.int32(self.resolution), self.device.launch
+        launch("freeze", self.count, self.sdf, r, np.float32(MARGIN), self.spare, self.frozen)
+        for _ in range(RELAXATIONS):
+            self.sdf, self.spare = self.spare, self.sdf
+            launch("relax", self.count, self.sdf, self.frozen, r, self.spare)
+        self.sdf, self.spare = self.spare, self.sdf
+
+    def keep_in_hull(self, slack: float) -> None:
+        """Twin of `np.maximum(sdf, start - slack)`."""
+        self.device.launch(
+            "keep_in_hull", self.count, self.sdf, self.start, np.float32(slack), np.int32(self.count)
+        )
+
+    def near_nodes(self, options: FitOptions) -> None:
+        """Twins of `near_nodes` and `smoothness`; clears what was summed for other nodes."""
+        device = self.device
+        for buffer in (self.laplacian, self.d_sdf, self.d_color):
+            device.clear(buffer)
+        device.launch("forget_nodes", 1, self.progress)
+        device.launch(
+            "near_nodes", self.count, self.sdf, np.int32(self.resolution), np.float32(1.5),
+            np.float32(options.w_smooth), np.float32(options.w_smooth_unseen), self.progress, self.nodes,
+            self.smooth,
+        )  # fmt: skip
+
+    def step(self, options: FitOptions, step: int, rate: float) -> None:
+        """One step down the gradient that the rays have left; `step` counts from 1."""
+        device, r = self.device, np.int32(self.resolution)
+        threads = self.count // 8  # the host does not know how many nodes there are; a thread takes several
+        device.launch("bend", threads, self.sdf, r, self.nodes, self.smooth, self.progress, self.laplacian)
+        device.launch(
+            "regularize", threads, self.sdf, r, self.nodes, self.laplacian, np.float32(options.w_eikonal),
+            self.progress, self.regular,
+        )  # fmt: skip
+        self._adam(
+            (self.sdf, self.d_sdf, self.regular, *self.moments[:2]),
+            1,
+            step,
+            options.learning_rate * rate,
+            0.02,
+        )
+        self._adam(
+            (self.color, self.d_color, None, *self.moments[2:]),
+            3,
+            step,
+            options.learning_rate_color * rate,
+            0.01,
+        )
+        low, high = options.inv_s_range
+        device.launch("adapt_density", 1, self.progress, np.int32(step), np.float64(low), np.float64(high))
+
+    def _adam(
+        self,
+        arrays: tuple[Buffer | None, ...],
+        channels: int,
+        step: int,
+        learning_rate: float,
+        epsilon: float,
+    ) -> None:
+        self.device.launch(
+            "adam_step", self.count // 8 * channels, *arrays, self.nodes, np.int32(channels), self.progress,
+            np.float32(1.0 / (1.0 - BETA_1**step)), np.float32(1.0 / (1.0 - BETA_2**step)),
+            np.float32(learning_rate), np.float32(epsilon),
+        )  # fmt: skip
+
+
+class DevicePixels:
+    """What `select_pixels` chose, on a device."""
+
+    def __init__(self, device: Device, pixels: Pixels) -> None:
+        self.count = len(pixels.mask)
+        self.rays = [uploaded(device, array) for array in (pixels.origin, pixels.direction)]
+        self.targets = [uploaded(device, array) for array in (pixels.color, pixels.normal, pixels.mask)]
+
+
+def ray_key(seed: int, stage: int, iteration: int) -> np.uint32:
+    """Number that the jitter of one iteration's rays is drawn from."""
+    return np.uint32(np.random.SeedSequence([seed, stage, iteration]).generate_state(1, np.uint32)[0])
+
+
+def iterate(
+    state: DeviceState,
+    pixels: DevicePixels,
+    size_px: int,
+    options: FitOptions,
+    stage: int,
+    iteration: int,
+    progress: float,
+) -> None:
+    """One iteration, queued; twin of `fit._iterate`.
+
+    Args:
+        state: of the stage.
+        pixels: of all views.
+        size_px: side of the views.
+        options: of the fit.
+        stage: for the random numbers.
+        iteration: of the stage, from 0.
+        progress: through the stage, 0 to 1.
+    """
+    from uc3d_rt.neus.fit import HULL_SLACK, NODES_EVERY, REDISTANCE_EVERY
+
+    if iteration % REDISTANCE_EVERY == 0 and iteration > 0:
+        state.restore_distance()
+    if iteration % NODES_EVERY == 0:
+        state.keep_in_hull(HULL_SLACK)
+        state.near_nodes(options)
+    resolution = state.resolution
+    wanted = options.rays_per_iteration * resolution // options.resolution
+    stride = max(1, round(pixels.count / wanted))
+    key = ray_key(options.seed, stage, iteration)
+    scale = (resolution / size_px) ** 2 * stride  # as if one ray crossed each node's square
+    weights = (options.w_rgb, options.w_normal, options.w_mask, scale)
+    state.device.launch(
+        "fit_rays", -(-pixels.count // stride), state.sdf, state.color, np.int32(resolution), *pixels.rays,
+        *pixels.targets, np.int32(pixels.count), np.int32(int(key) % stride), np.int32(stride), key,
+        np.float32(options.sample_step), np.float32(1e-3), *(np.float32(w) for w in weights),
+        state.d_sdf, state.d_color, state.progress,
+    )  # fmt: skip
+    state.step(options, iteration + 1, options.final_rate**progress)
+
+
+def refined(device: Device, coarse: DeviceState, start: FloatArray, inv_s: float) -> DeviceState:
+    """The next stage's arrays, its field taken over from the stage before; that is freed."""
+    fine = DeviceState(device, start, inv_s)
+    device.launch(
+        "refine", fine.count, coarse.sdf, coarse.start, coarse.color, np.int32(coarse.resolution),
+        fine.start, np.int32(fine.resolution), fine.sdf, fine.color,
+    )  # fmt: skip
+    coarse.free()
+    return fine
+
+
+def fit_stages(
+    device: Device,
+    sdf: FloatArray,
+    color: FloatArray,
+    starts: Callable[[int], FloatArray],
+    pixels: Pixels,
+    size_px: int,
+    options: FitOptions,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """All stages of the fit on a device.
+
+    Args:
+        device: where.
+        sdf: (r, r, r) carved hull of the first stage, in node spacings.
+        color: (r, r, r, 3) its colours.
+        starts: hull (R, R, R) in node spacings of its grid, for each R of `options.stages`.
+        pixels: of all views.
+        size_px: side of the views.
+        options: of the fit.
+        on_progress: called with (iterations queued, iterations in all).
+
+    Returns:
+        `(sdf (R, R, R) in node spacings, color (R, R, R, 3))` of the last stage.
+
+    Raises:
+        BackendError: the device failed, for example for want of memory.
+        FitError: the options ask for what the kernels do not do.
+    """
+    if min(options.keep_rgb, options.keep_normal, options.keep_mask) < 1.0:
+        raise FitError("keep_rgb, keep_normal and keep_mask below 1 work on the CPU only; use --device cpu")
+    on_device = DevicePixels(device, pixels)
+    total, done = sum(count for _, count in options.stages), 0
+    state: DeviceState | None = None
+    for stage, (resolution, count) in enumerate(options.stages):
+        start = starts(resolution)
+        if state is None:
+            state = DeviceState(device, start, options.inv_s_start)
+            device.upload(sdf, state.sdf)
+            device.upload(color, state.color)
+        else:
+            state = refined(device, state, start, options.inv_s_start)
+        state.restore_distance()
+        for iteration in range(count):
+            progress = iteration / max(count - 1, 1)
+            iterate(state, on_device, size_px, options, stage, iteration, progress)
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+    assert state is not None
+    from uc3d_rt.neus.fit import HULL_SLACK
+
+    state.keep_in_hull(HULL_SLACK)
+    found = device.download(state.sdf), device.download(state.color)
+    state.free()
+    device.free([*on_device.rays, *on_device.targets])
+    return found

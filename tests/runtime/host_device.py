@@ -1,0 +1,61 @@
+"""The kernels of `uc3d_rt/neus/cuda` compiled as plain C++: they run where no GPU is, one thread each."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import uc3d_rt.neus
+
+SOURCES = Path(uc3d_rt.neus.__file__).parent / "cuda"
+
+
+def compiler() -> str | None:
+    """A C++ compiler of this machine."""
+    return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+
+
+class HostDevice:
+    """A `Device` whose memory is NumPy's."""
+
+    def __init__(self, library: Path) -> None:
+        subprocess.run(
+            [compiler(), "-O2", "-shared", "-fPIC", "-x", "c++", "-o", library, SOURCES / "kernels.cu"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        self.library = ctypes.CDLL(str(library))
+        self.live = 0
+
+    def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
+        self.live += 1
+        kind = np.dtype(dtype)
+        return np.full(shape, np.nan if kind.kind == "f" else 77, kind)  # nobody may count on zeros
+
+    def clear(self, buffer: np.ndarray) -> None:
+        buffer[...] = 0
+
+    def upload(self, array: np.ndarray, buffer: np.ndarray) -> None:
+        assert array.shape == buffer.shape and array.dtype == buffer.dtype
+        buffer[...] = array
+
+    def download(self, buffer: np.ndarray) -> np.ndarray:
+        return buffer.copy()
+
+    def free(self, buffers: Sequence[np.ndarray]) -> None:
+        self.live -= len(buffers)
+        for buffer in buffers:
+            buffer.view(np.uint8)[...] = 255
+
+    def launch(self, kernel: str, threads: int, *arguments: np.ndarray | np.generic | None) -> None:
+        kinds = {"i4": ctypes.c_int, "u4": ctypes.c_uint, "f4": ctypes.c_float, "f8": ctypes.c_double}
+        getattr(self.library, kernel)(
+            *(
+                ctypes.c_void_p(a if a is None else a.ctypes.data)
+                if a is None or isinstance(a, np.ndarray)
+                else kinds[a.dtype.str[1:]](a.item())
+                for a in arguments
+            )
+        )

@@ -1,0 +1,128 @@
+"""`CudaDevice` on a driver that is a stand-in, and what users read where there is none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from uc3d_rt import cuda_device
+from uc3d_rt.cuda_device import CudaDevice, cuda_driver
+from uc3d_rt.errors import BackendError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+class Driver(ModuleType):
+    """Answers every call with success, keeps a list of them, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda.bindings.driver")
+        self.calls: list[tuple[str, tuple[object, ...]]] = []
+        self.fails: dict[str, int] = {}
+        self.gpus = 1
+        self.memory: dict[int, int] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[object, ...]]:
+        if not name.startswith("cu"):
+            raise AttributeError(name)
+
+        def call(*arguments: object) -> tuple[object, ...]:
+            self.calls.append((name, arguments))
+            if name in self.fails:
+                return (self.fails[name],)
+            if name == "cuDeviceGetCount":
+                return 0, self.gpus
+            if name == "cuMemAlloc":
+                self.memory[4096 * (len(self.calls) + 1)] = int(arguments[0])  # type: ignore[call-overload]
+                return 0, 4096 * (len(self.calls) + 1)
+            if name == "cuMemFree":
+                del self.memory[int(arguments[0])]  # type: ignore[call-overload]
+            return 0, object()
+
+        return call
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    found = Driver()
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", ModuleType("cuda.bindings"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", found)
+    return found
+
+
+def test_what_is_taken_is_given_back(driver: Driver) -> None:
+    with CudaDevice() as device:
+        a, b = device.empty((3, 5), np.float32), device.empty((0,), np.int64)
+        assert sorted(driver.memory.values()) == [1, 60]
+        device.free([b])
+        device.clear(a)
+        device.launch("bend", 1000, a, None, np.int32(7))
+        blocks, threads = driver.calls[-1][1][1], driver.calls[-1][1][4]
+        assert driver.calls[-1][0] == "cuLaunchKernel" and blocks * threads >= 1000  # type: ignore[operator]
+    assert driver.memory == {}
+    for taken, given in (
+        ("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"),
+        ("cuCtxPushCurrent", "cuCtxPopCurrent"),
+        ("cuStreamCreate", "cuStreamDestroy"),
+        ("cuModuleLoadData", "cuModuleUnload"),
+    ):
+        assert driver.names().count(taken) == driver.names().count(given) == 1
+    device.close()  # twice does nothing
+    assert driver.names().count("cuCtxPopCurrent") == 1
+
+
+@pytest.mark.parametrize(
+    "name, status, mend",
+    [
+        ("cuModuleLoadData", 209, "build-kernels"),
+        ("cuMemAlloc", 2, "--resolution"),
+        ("cuInit", 100, "--device cpu"),
+    ],
+)
+def test_errors_of_the_driver_say_the_mend(driver: Driver, name: str, status: int, mend: str) -> None:
+    driver.fails[name] = status
+    with pytest.raises(BackendError, match=f"{name} failed.*{mend}"), CudaDevice() as device:
+        device.empty((4,), np.float32)
+        device.launch("bend", 1)
+    assert driver.names().count("cuDevicePrimaryCtxRetain") == driver.names().count(
+        "cuDevicePrimaryCtxRelease"
+    )
+
+
+def test_no_such_gpu_no_kernels_no_driver(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    driver.gpus = 0
+    with pytest.raises(BackendError, match="no GPU 0: the driver knows 0"):
+        cuda_driver()
+
+    def no_library(*_: object) -> None:
+        raise RuntimeError("libcuda.so.1 is not there")
+
+    driver.cuInit = no_library  # type: ignore[attr-defined]
+    with pytest.raises(BackendError, match="no NVIDIA driver .*--device cpu"):
+        cuda_driver()
+    monkeypatch.setattr(cuda_device, "FATBIN", tmp_path / "kernels.fatbin")
+    with pytest.raises(BackendError, match="build-kernels"):
+        cuda_driver()
+
+
+def test_a_fit_on_a_gpu_that_cannot_be_is_refused_before_any_work(
+    run_cli: Run, tiny_bundle: Path, object_png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    files = (object_png, "-o", tmp_path / "m.glb", "--views", tmp_path / "views", "--bundle", tiny_bundle)
+    code, _, err = run_cli(*files, "--fit-device", "cuda")
+    assert code == 6 and "pip install 'uc3d-rt[cuda]'" in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "views").exists()
+    code, _, err = run_cli(*files, "--fit-device", "gpu")
+    assert code == 2 and "unknown fit device 'gpu'; choose one of cpu, cuda" in err

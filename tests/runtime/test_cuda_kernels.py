@@ -1,0 +1,237 @@
+"""The CUDA kernels against their CPU twins, compiled as plain C++ or, with `make test-gpu`, on a GPU."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.runtime import analytic
+from tests.runtime.host_device import HostDevice, compiler
+from uc3d_rt.device import Device, cleared, uploaded
+from uc3d_rt.errors import FitError
+from uc3d_rt.mesh.extract import extract_surface
+from uc3d_rt.neus.adam import adam_step
+from uc3d_rt.neus.device_fit import PROGRESS, DeviceState, refined
+from uc3d_rt.neus.field import near_nodes, resample
+from uc3d_rt.neus.fit import FitOptions, fit, ray_gradient, smoothness, thickness_weight
+from uc3d_rt.neus.rays import Pixels, select_pixels, trace_rays
+from uc3d_rt.neus.redistance import restore_distance
+from uc3d_rt.neus.regularize import regularize
+
+R = 24
+ONE = 2.0**32
+
+
+@pytest.fixture(scope="module", params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    if request.param == "cuda":
+        from uc3d_rt.cuda_device import CudaDevice
+
+        with CudaDevice() as found:
+            yield found
+    elif compiler() is None:
+        pytest.skip("no C++ compiler")
+    else:
+        yield HostDevice(tmp_path_factory.mktemp("kernels") / "kernels.so")
+
+
+@pytest.fixture
+def sdf() -> np.ndarray:
+    """A dented sphere, in node spacings."""
+    y, z, x = np.meshgrid(*[np.arange(R) - 11.2] * 3, indexing="ij")
+    radius = np.sqrt(x * x + y * y + z * z)
+    return (radius - 7.0 + 0.4 * np.sin(1.3 * x) * np.cos(1.1 * y + z)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Pixels:
+    color, normal = analytic.six_views(analytic.asymmetric(), 48)
+    return select_pixels(color, normal, (normal != 0).any(-1), 0)
+
+
+def close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
+    """Whether the 2-norm of the difference is small against that of what is expected."""
+    error = np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected)
+    return bool(error < tolerance)
+
+
+@pytest.mark.parametrize("inv_s", [1.5, 5.0])
+def test_render_rays(device: Device, sdf: np.ndarray, pixels: Pixels, inv_s: float) -> None:
+    from uc3d_rt.neus.render import render_rays, render_rays_backward
+
+    rng = np.random.default_rng(0)
+    color = rng.random((R, R, R, 3), dtype=np.float32)
+    rays, crosses = trace_rays(pixels, slice(None), R)
+    count, hits = len(pixels.mask), int(crosses.sum())
+    offset = rng.random(count, dtype=np.float32)
+    how = (0.7, 4.5 / inv_s, 1e-3)  # step, band, cutoff
+    traced = (rays.start, rays.weight_y, rays.entry, rays.direction, rays.length, offset[crosses])
+    expected = np.empty((hits, 7), np.float32)
+    render_rays(sdf, color, inv_s, *traced, *how, expected)
+    assert expected[:, 6].max() > 0.9 and expected[:, 6].min() < 0.1
+
+    field = [uploaded(device, a) for a in (sdf, color)]
+    given = [uploaded(device, a) for a in (pixels.origin, pixels.direction, offset)]
+    march = [np.float32(v) for v in (inv_s, *how)]
+    out = device.empty((count, 7), np.float32)
+    device.launch("render_rays", count, *field, np.int32(R), *given, np.int32(count), *march, out)
+    found = device.download(out)
+    assert (found[~crosses] == (1, 1, 1, 0, 0, 0, 0)).all()
+    assert close(found[crosses], expected, 2e-5)
+
+    d_out = rng.standard_normal((count, 7)).astype(np.float32)
+    d_sdf, d_color, d_inv_s = np.zeros_like(sdf), np.zeros_like(color), np.zeros(R - 1)
+    render_rays_backward(
+        sdf, color, inv_s, *traced, *how, np.ascontiguousarray(d_out[crosses]), d_sdf, d_color, d_inv_s
+    )
+    sums = [cleared(device, a.shape, np.int64) for a in (sdf, color, np.empty(1))]
+    device.launch(
+        "render_rays_backward", count, *field, np.int32(R), *given, np.int32(count), *march,
+        uploaded(device, d_out), *sums,
+    )  # fmt: skip
+    found_sdf, found_color, found_inv_s = (device.download(a) / ONE for a in sums)
+    assert close(found_sdf, d_sdf, 1e-4)
+    assert close(found_color, d_color, 1e-4)
+    assert found_inv_s[0] == pytest.approx(d_inv_s.sum(), rel=1e-3)
+
+
+def hashed(x: np.ndarray) -> np.ndarray:
+    """Twin of the kernels' `hashed`."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))
+
+
+def test_fit_rays(device: Device, sdf: np.ndarray, pixels: Pixels) -> None:
+    from uc3d_rt.neus.render import render_rays, render_rays_backward
+
+    options = FitOptions(resolution=R, w_mask=1.5)
+    color = np.random.default_rng(1).random((R, R, R, 3), dtype=np.float32)
+    inv_s, how, key = 2.0, (0.9, 2.25, 1e-3), np.uint32(977)
+    subset = slice(1, None, 3)
+    rays, crosses = trace_rays(pixels, subset, R)
+    which = np.arange(len(pixels.mask), dtype=np.uint32)[subset][crosses]
+    offset = ((hashed(key ^ hashed(which)) >> np.uint32(8)) / 2.0**24).astype(np.float32)
+    assert 0.45 < offset.mean() < 0.55 and offset.std() == pytest.approx(12**-0.5, abs=0.02)
+    traced = (rays.start, rays.weight_y, rays.entry, rays.direction, rays.length, offset)
+    out = np.empty((len(rays.slab), 7), np.float32)
+    render_rays(sdf, color, inv_s, *traced, *how, out)
+    d_out = ray_gradient(out, pixels, subset, crosses, options) * np.float32(0.5)
+    assert (d_out[:, 3:6] != 0).any(1).sum() > 100 and (d_out[:, 6] != 0).sum() > 100
+    d_sdf, d_color, d_inv_s = np.zeros_like(sdf), np.zeros_like(color), np.zeros(R - 1)
+    render_rays_backward(sdf, color, inv_s, *traced, *how, d_out, d_sdf, d_color, d_inv_s)
+
+    state = DeviceState(device, sdf, inv_s)
+    device.upload(sdf, state.sdf)
+    device.upload(color, state.color)
+    shown = (pixels.origin, pixels.direction, pixels.color, pixels.normal, pixels.mask)
+    count = len(pixels.mask)
+    device.launch(
+        "fit_rays", -(-count // 3), state.sdf, state.color, np.int32(R),
+        *(uploaded(device, a) for a in shown), np.int32(count), np.int32(1), np.int32(3), key,
+        np.float32(how[0]), np.float32(how[2]),
+        *(np.float32(w) for w in (options.w_rgb, options.w_normal, options.w_mask, 0.5)),
+        state.d_sdf, state.d_color, state.progress,
+    )  # fmt: skip
+    assert close(device.download(state.d_sdf)[..., 0] / ONE, d_sdf, 2e-4)
+    assert close(device.download(state.d_color) / ONE, d_color, 2e-4)
+    found = device.download(state.progress).view(PROGRESS)["d_inv_s"][0] / ONE
+    assert found == pytest.approx(d_inv_s.sum(), rel=1e-3)
+    state.free()
+
+
+def test_regularize_and_adam_step(device: Device, sdf: np.ndarray) -> None:
+    options = FitOptions(resolution=R)
+    rng = np.random.default_rng(2)
+    color, d_sdf, d_color = (rng.standard_normal((R, R, R, c)).astype(np.float32) for c in (3, 1, 3))
+    state = DeviceState(device, sdf, 3.0)
+    device.upload(sdf, state.sdf)
+    device.upload(color, state.color)
+    state.near_nodes(options)
+    device.upload((d_sdf * ONE).astype(np.int64), state.d_sdf)
+    device.upload((d_color * ONE).astype(np.int64), state.d_color)
+    nodes = near_nodes(sdf, 1.5 + 1.5)
+    found = device.download(state.nodes)[: len(nodes)]
+    assert sorted(found) == list(nodes)
+    flat = sdf.reshape(-1).copy()
+    smooth = smoothness(sdf, nodes, options)
+    np.testing.assert_allclose(
+        device.download(state.smooth)[: len(nodes)][np.argsort(found)], smooth, rtol=1e-4
+    )
+
+    expected, colors = sdf.copy(), color.copy().reshape(-1, 3)
+    moments = [np.zeros((R**3, c), np.float32) for c in (1, 1, 3, 3)]
+    laplacian = np.zeros(R**3, np.float32)
+    for step in (1, 2):
+        state.step(options, step, 0.7)
+        gradient = d_sdf[..., 0].copy() if step == 1 else np.zeros_like(sdf)
+        regularize(expected, nodes, options.w_eikonal, smooth, laplacian, gradient)
+        rates = (options.learning_rate * 0.7, options.learning_rate_color * 0.7)
+        values = expected.reshape(-1, 1)
+        adam_step(values, gradient.reshape(-1, 1), *moments[:2], nodes, step, rates[0], 0.02)
+        more = d_color.reshape(-1, 3).copy() if step == 1 else np.zeros((R**3, 3), np.float32)
+        adam_step(colors, more, *moments[2:], nodes, step, rates[1], 0.01)
+    assert not np.array_equal(expected.reshape(-1), flat)
+    np.testing.assert_allclose(device.download(state.sdf), expected, atol=2e-5)
+    np.testing.assert_allclose(device.download(state.color).reshape(-1, 3), colors, atol=2e-5)
+    assert not device.download(state.d_sdf).reshape(-1)[nodes].any()
+    state.free()
+
+
+def test_restore_distance(device: Device, sdf: np.ndarray) -> None:
+    bad = sdf * np.float32(1.7)
+    state = DeviceState(device, sdf, 2.0)
+    device.upload(bad, state.sdf)
+    state.restore_distance()
+    found = device.download(state.sdf)
+    expected = bad.copy()
+    restore_distance(expected)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    state.free()
+
+
+def test_refine(device: Device, sdf: np.ndarray) -> None:
+    rng = np.random.default_rng(3)
+    color = rng.random((R, R, R, 3), dtype=np.float32)
+    before = sdf - np.float32(0.8)
+    start = resample(before, 2 * R) * 2
+    coarse = DeviceState(device, before, 2.0)
+    device.upload(sdf, coarse.sdf)
+    device.upload(color, coarse.color)
+    fine = refined(device, coarse, start, 2.0)
+    expected = start + 2 * resample(np.maximum(sdf - before, 0.0), 2 * R) * thickness_weight(start)
+    np.testing.assert_allclose(device.download(fine.sdf), expected, atol=1e-5)
+    np.testing.assert_allclose(device.download(fine.color), resample(color, 2 * R), atol=1e-5)
+    fine.free()
+
+
+def test_fit_on_a_device_is_the_fit_on_the_cpu(device: Device) -> None:
+    color, normal = analytic.six_views(analytic.asymmetric(), 96)
+    options = FitOptions(resolution=48, iterations=(15, 20), rays_per_iteration=5000)
+    steps: list[tuple[int, int]] = []
+    found = [fit(color, normal, options, lambda *at: steps.append(at), device=device) for _ in range(2)]
+    assert found[0].sdf.tobytes() == found[1].sdf.tobytes()
+    assert found[0].color.tobytes() == found[1].color.tobytes()
+    assert steps == [(k, 35) for k in range(1, 36)] * 2
+    # Rays are drawn from other random numbers than on the CPU: as near to it as its own seeds are.
+    expected, other = (fit(color, normal, replace(options, seed=seed)) for seed in (0, 1))
+    near = np.abs(expected.sdf) < expected.voxel
+    for name in ("sdf", "color"):
+        a, b, c = (getattr(field, name)[near] for field in (found[0], expected, other))
+        assert np.abs(a - b).mean() < 1.2 * np.abs(b - c).mean(), name
+    assert abs((found[0].sdf - expected.sdf)[near].mean()) < 0.01 * expected.voxel
+    surfaces = [extract_surface(field, 0.05).vertices for field in (found[0], expected)]
+    assert abs(surfaces[0].mean(axis=0) - surfaces[1].mean(axis=0)).max() < 0.003
+    if isinstance(device, HostDevice):
+        with pytest.raises(FitError, match="--device cpu"):
+            fit(color, normal, FitOptions(keep_rgb=0.8), device=device)
+
+
+def test_a_fit_frees_what_it_took(device: Device) -> None:
+    if not isinstance(device, HostDevice):
+        pytest.skip("counted on the stand-in")
+    color, normal = analytic.six_views(analytic.sphere((0, 0, 0), 0.6), 48)
+    before = device.live
+    fit(color, normal, FitOptions(resolution=32, iterations=(2, 2), rays_per_iteration=1000), device=device)
+    assert device.live == before
