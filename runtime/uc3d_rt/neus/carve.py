@@ -62,14 +62,15 @@ def carve(hull: FloatArray, pixels: Pixels, size_px: int, steps: int) -> FloatAr
     from scipy.ndimage import maximum_filter
 
     sdf = hull.copy()
-    rays, crosses = trace_rays(pixels, slice(None), hull.shape[0])
-    shown, inside = pixels.normal[crosses], pixels.mask[crosses] > 0.5
+    inside = np.flatnonzero(pixels.mask > 0.5)
+    rays, crosses = trace_rays(pixels, inside, hull.shape[0])
+    shown = pixels.normal[inside[crosses]]
     # A pixel that the coarse hull itself does not meet cannot be covered here.
-    covered = inside & (_follow(hull, rays)[1] < -COVER_DEPTH)
+    covered = _follow(hull, rays)[1] < -COVER_DEPTH
     pixels_per_node = (size_px / hull.shape[0]) ** 2
     for _ in range(steps):
         hit, lowest, lowest_at = _follow(sdf, rays)
-        seen = inside & (hit >= 0)
+        seen = hit >= 0
         normals = _splat_normals(_points(rays, hit, seen), shown[seen], rays.direction[seen], sdf.shape[0])
         nodes = near_nodes(sdf, BAND)
         target, weight = _node_targets(sdf, nodes, normals, ENOUGH_PIXELS * pixels_per_node)
@@ -151,14 +152,25 @@ def _splat_normals(
     A normal counts by the cosine at which its view sees it; grazing views leave the word to others.
     """
     facing = np.maximum(-(normals[:, 0] * direction[:, 0] + normals[:, 2] * direction[:, 1]), 0.0) + 1e-3
-    index, weight = _corners(points, resolution)
-    weight *= facing[:, None]
-    columns = (normals[:, 1], normals[:, 2], normals[:, 0], np.ones(len(normals), np.float32))
-    sums = [
-        np.bincount(index.reshape(-1), (weight * column[:, None]).reshape(-1), resolution**3)
-        for column in columns
-    ]
-    return np.asarray(np.stack(sums).reshape(4, resolution, resolution, resolution), np.float64)
+    sums = np.zeros((4, resolution, resolution, resolution))
+    columns = np.stack([normals[:, 1], normals[:, 2], normals[:, 0], np.ones(len(normals))], axis=1)
+    _splat(points, columns.astype(np.float64), facing.astype(np.float64), sums)
+    return sums
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _splat(points, columns, weight, sums):  # type: ignore[no-untyped-def]
+    last = sums.shape[1] - 2
+    for n in range(points.shape[0]):
+        j = min(max(int(points[n, 0]), 0), last)
+        h = min(max(int(points[n, 1]), 0), last)
+        i = min(max(int(points[n, 2]), 0), last)
+        wy, wz, wx = points[n, 0] - j, points[n, 1] - h, points[n, 2] - i
+        for corner in range(8):
+            y, z, x = corner >> 2, (corner >> 1) & 1, corner & 1
+            w = (wy if y else 1.0 - wy) * (wz if z else 1.0 - wz) * (wx if x else 1.0 - wx) * weight[n]
+            for column in range(4):
+                sums[column, j + y, h + z, i + x] += w * columns[n, column]
 
 
 def _node_targets(
