@@ -12,9 +12,10 @@ from uc3d_rt.device import Device, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.extract import extract_surface
 from uc3d_rt.neus.adam import adam_step
-from uc3d_rt.neus.device_fit import PROGRESS, DeviceState, refined
+from uc3d_rt.neus.device_fit import PROGRESS, DeviceHull, DeviceState, refined
 from uc3d_rt.neus.field import near_nodes, resample
 from uc3d_rt.neus.fit import FitOptions, fit, ray_gradient, smoothness, thickness_weight
+from uc3d_rt.neus.hull import hull_sdf
 from uc3d_rt.neus.rays import Pixels, select_pixels, trace_rays
 from uc3d_rt.neus.redistance import restore_distance
 from uc3d_rt.neus.regularize import regularize
@@ -122,7 +123,7 @@ def test_fit_rays(device: Device, sdf: np.ndarray, pixels: Pixels) -> None:
     d_sdf, d_color, d_inv_s = np.zeros_like(sdf), np.zeros_like(color), np.zeros(R - 1)
     render_rays_backward(sdf, color, inv_s, *traced, *how, d_out, d_sdf, d_color, d_inv_s)
 
-    state = DeviceState(device, sdf, inv_s)
+    state = DeviceState(device, uploaded(device, sdf), inv_s)
     device.upload(sdf, state.sdf)
     device.upload(color, state.color)
     shown = (pixels.origin, pixels.direction, pixels.color, pixels.normal, pixels.mask)
@@ -145,7 +146,7 @@ def test_regularize_and_adam_step(device: Device, sdf: np.ndarray) -> None:
     options = FitOptions(resolution=R)
     rng = np.random.default_rng(2)
     color, d_sdf, d_color = (rng.standard_normal((R, R, R, c)).astype(np.float32) for c in (3, 1, 3))
-    state = DeviceState(device, sdf, 3.0)
+    state = DeviceState(device, uploaded(device, sdf), 3.0)
     device.upload(sdf, state.sdf)
     device.upload(color, state.color)
     state.near_nodes(options)
@@ -181,7 +182,7 @@ def test_regularize_and_adam_step(device: Device, sdf: np.ndarray) -> None:
 
 def test_restore_distance(device: Device, sdf: np.ndarray) -> None:
     bad = sdf * np.float32(1.7)
-    state = DeviceState(device, sdf, 2.0)
+    state = DeviceState(device, uploaded(device, sdf), 2.0)
     device.upload(bad, state.sdf)
     state.restore_distance()
     found = device.download(state.sdf)
@@ -196,14 +197,34 @@ def test_refine(device: Device, sdf: np.ndarray) -> None:
     color = rng.random((R, R, R, 3), dtype=np.float32)
     before = sdf - np.float32(0.8)
     start = resample(before, 2 * R) * 2
-    coarse = DeviceState(device, before, 2.0)
+    coarse = DeviceState(device, uploaded(device, before), 2.0)
     device.upload(sdf, coarse.sdf)
     device.upload(color, coarse.color)
-    fine = refined(device, coarse, start, 2.0)
+    fine = refined(device, coarse, uploaded(device, start), 2.0)
     expected = start + 2 * resample(np.maximum(sdf - before, 0.0), 2 * R) * thickness_weight(start)
     np.testing.assert_allclose(device.download(fine.sdf), expected, atol=1e-5)
     np.testing.assert_allclose(device.download(fine.color), resample(color, 2 * R), atol=1e-5)
     fine.free()
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_hull(device: Device, shift: int) -> None:
+    color, normal = analytic.six_views(analytic.asymmetric(), 96)
+    masks = (normal != 0).any(-1)
+    masks[1] = np.roll(masks[1], shift, axis=0)  # views that disagree need a tolerance
+    hull = DeviceHull(device, masks, 40)
+    assert not hull.empty
+    expected = hull_sdf(masks, 40)
+    for resolution, values in ((40, expected), (20, resample(expected, 20))):
+        buffer = hull.at(resolution)
+        np.testing.assert_allclose(device.download(buffer), values * (0.5 * resolution), atol=1e-4)
+        device.free([buffer])
+    hull.free()
+    # A bar that only one pair of opposite views sees, and to the side of it one for each other.
+    bars = np.zeros_like(masks)
+    for view in range(6):
+        bars[view, 40:50, 5 + 30 * (view % 3) : 15 + 30 * (view % 3)] = True
+    assert (hull_sdf(bars, 40) < 0).any() != DeviceHull(device, bars, 40).empty
 
 
 def test_fit_on_a_device_is_the_fit_on_the_cpu(device: Device) -> None:

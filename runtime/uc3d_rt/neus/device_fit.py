@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from uc3d_rt.device import Buffer, Device, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.neus.adam import BETA_1, BETA_2
+from uc3d_rt.neus.hull import pair_distances, tolerant
 from uc3d_rt.neus.redistance import MARGIN
+from uc3d_rt.views import TARGET_CAMERAS, camera_axes
 
 if TYPE_CHECKING:
     from uc3d_rt.neus.fit import FitOptions
@@ -39,11 +41,11 @@ RELAXATIONS = 20
 class DeviceState:
     """The arrays of one stage, in node spacings, on a device."""
 
-    def __init__(self, device: Device, start: FloatArray, inv_s: float) -> None:
-        """Take the hull's distance (R, R, R); the field itself is not filled."""
+    def __init__(self, device: Device, start: Buffer, inv_s: float) -> None:
+        """Take over the hull's distance (R, R, R); the field itself is not filled."""
         r = start.shape[0]
         self.device, self.resolution = device, r
-        self.start = uploaded(device, start)
+        self.start = start
         self.sdf, self.spare = (device.empty((r, r, r), np.float32) for _ in range(2))
         self.color = device.empty((r, r, r, 3), np.float32)
         self.frozen = device.empty((r, r, r), np.uint8)
@@ -194,7 +196,7 @@ def iterate(
     state.step(options, iteration + 1, options.final_rate**progress)
 
 
-def refined(device: Device, coarse: DeviceState, start: FloatArray, inv_s: float) -> DeviceState:
+def refined(device: Device, coarse: DeviceState, start: Buffer, inv_s: float) -> DeviceState:
     """The next stage's arrays, its field taken over from the stage before; that is freed."""
     fine = DeviceState(device, start, inv_s)
     device.launch(
@@ -205,25 +207,75 @@ def refined(device: Device, coarse: DeviceState, start: FloatArray, inv_s: float
     return fine
 
 
+class DeviceHull:
+    """The visual hull of six silhouettes on a device; twin of `hull.hull_sdf`."""
+
+    def __init__(self, device: Device, masks: NDArray[np.bool_], resolution: int) -> None:
+        """Find the least tolerance that covers the silhouettes (6, H, H) on a grid of `resolution` nodes."""
+        self.device, self.resolution, self.size = device, resolution, masks.shape[-1]
+        rights = np.array([camera_axes(camera)[0][[0, 2]] for camera in TARGET_CAMERAS], np.float32)
+        self._right = uploaded(device, rights)
+        self._hull = device.empty((resolution,) * 3, np.float32)
+        self._seen = device.empty((len(rights), resolution, self.size), np.uint8)
+        _, self._tolerance_px = tolerant(
+            pair_distances(masks),
+            masks,
+            resolution,
+            self._intersection,
+            lambda _, slack: self._printed(slack),
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether the silhouettes have no volume in common."""
+        return not self._printed(self._tolerance_px).any()
+
+    def at(self, resolution: int) -> Buffer:
+        """Its distance (R, R, R) in node spacings of a grid."""
+        out = self.device.empty((resolution,) * 3, np.float32)
+        self.device.launch(
+            "resample", resolution**3, self._hull, np.int32(self.resolution), np.float32(self._tolerance_px),
+            np.float32(resolution / self.size), np.int32(resolution), out,
+        )  # fmt: skip
+        return out
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.device.free([self._right, self._hull, self._seen])
+
+    def _intersection(self, distances: FloatArray) -> Buffer:
+        given = uploaded(self.device, distances)
+        self.device.launch(
+            "intersect", self.resolution**3, given, self._right, np.int32(self.size),
+            np.int32(self.resolution), self._hull,
+        )  # fmt: skip
+        self.device.free([given])
+        return self._hull
+
+    def _printed(self, slack_px: float) -> NDArray[np.bool_]:
+        self.device.clear(self._seen)
+        self.device.launch(
+            "print_nodes", self.resolution**3, self._hull, np.float32(slack_px), self._right,
+            np.int32(len(TARGET_CAMERAS)), np.int32(self.size), np.int32(self.resolution), self._seen,
+        )  # fmt: skip
+        return np.asarray(self.device.download(self._seen), np.bool_)
+
+
 def fit_stages(
     device: Device,
-    sdf: FloatArray,
     color: FloatArray,
-    starts: Callable[[int], FloatArray],
+    masks: NDArray[np.bool_],
     pixels: Pixels,
-    size_px: int,
     options: FitOptions,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[FloatArray, FloatArray]:
-    """All stages of the fit on a device.
+    """All of the fit on a device, but for the carving of the coarsest grid; twin of what `fit.fit` does.
 
     Args:
         device: where.
-        sdf: (r, r, r) carved hull of the first stage, in node spacings.
-        color: (r, r, r, 3) its colours.
-        starts: hull (R, R, R) in node spacings of its grid, for each R of `options.stages`.
+        color: (6, H, H, 3) of the views.
+        masks: (6, H, H) silhouettes.
         pixels: of all views.
-        size_px: side of the views.
         options: of the fit.
         on_progress: called with (iterations queued, iterations in all).
 
@@ -232,19 +284,26 @@ def fit_stages(
 
     Raises:
         BackendError: the device failed, for example for want of memory.
-        FitError: the options ask for what the kernels do not do.
+        FitError: the options ask for what the kernels do not do, or the views show no object.
     """
+    from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME, carved
+
     if min(options.keep_rgb, options.keep_normal, options.keep_mask) < 1.0:
         raise FitError("keep_rgb, keep_normal and keep_mask below 1 work on the CPU only; use --device cpu")
+    size_px = masks.shape[-1]
+    hull = DeviceHull(device, masks, options.resolution)
     on_device = DevicePixels(device, pixels)
     total, done = sum(count for _, count in options.stages), 0
     state: DeviceState | None = None
     for stage, (resolution, count) in enumerate(options.stages):
-        start = starts(resolution)
+        start = hull.at(resolution)
         if state is None:
+            if hull.empty:
+                raise FitError(NO_VOLUME)
             state = DeviceState(device, start, options.inv_s_start)
-            device.upload(sdf, state.sdf)
-            device.upload(color, state.color)
+            arrays = carved(device.download(start), pixels, color, masks, options)
+            for array, buffer in zip(arrays, (state.start, state.sdf, state.color), strict=True):
+                device.upload(array, buffer)
         else:
             state = refined(device, state, start, options.inv_s_start)
         state.restore_distance()
@@ -255,10 +314,9 @@ def fit_stages(
             if on_progress is not None:
                 on_progress(done, total)
     assert state is not None
-    from uc3d_rt.neus.fit import HULL_SLACK
-
     state.keep_in_hull(HULL_SLACK)
     found = device.download(state.sdf), device.download(state.color)
     state.free()
+    hull.free()
     device.free([*on_device.rays, *on_device.targets])
     return found

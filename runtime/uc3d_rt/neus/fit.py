@@ -27,6 +27,11 @@ MIN_SILHOUETTE_PX = 16
 
 MIN_NODES, MAX_NODES = 16, 512
 
+NO_VOLUME = (
+    "the six silhouettes have no volume in common; the views contradict each other, "
+    "try another seed or more sampling steps"
+)
+
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -125,36 +130,24 @@ def fit(
     """
     options = options or FitOptions()
     color, normal, masks = check_views(color, normal)
-    from uc3d_rt.neus.carve import carve
     from uc3d_rt.neus.redistance import restore_distance
 
     pixels = select_pixels(color, normal, masks, options.seed)
+    if device is not None:
+        from uc3d_rt.neus.device_fit import fit_stages
+
+        return _in_world(*fit_stages(device, color, masks, pixels, options, on_progress))
     hull = hull_sdf(masks, options.resolution)
     if not (hull < 0).any():
-        raise FitError(
-            "the six silhouettes have no volume in common; the views contradict each other, "
-            "try another seed or more sampling steps"
-        )
+        raise FitError(NO_VOLUME)
 
     def start_at(resolution: int) -> FloatArray:
         """The hull in node spacings of a grid."""
         start = hull if resolution == options.resolution else resample(hull, resolution)
         return np.asarray(start * np.float32(0.5 * resolution), np.float32)
 
-    first = start_at(options.stages[0][0])
-    restore_distance(first)
-    carved = carve(first, pixels, masks.shape[-1], options.carve_steps)
-    colors = initial_colors(carved, color, masks)
-    if device is not None:
-        from uc3d_rt.neus.device_fit import fit_stages
-
-        starts = {len(first): first}
-        sdf, colors = fit_stages(
-            device, carved, colors, lambda r: starts.get(r, start_at(r)), pixels, masks.shape[-1], options,
-            on_progress,
-        )  # fmt: skip
-        return _in_world(sdf, colors)
-    state = _State(sdf=carved, color=colors, start=first)
+    first, sdf, colors = carved(start_at(options.stages[0][0]), pixels, color, masks, options)
+    state = _State(sdf=sdf, color=colors, start=first)
     total, done = sum(count for _, count in options.stages), 0
     for stage, (resolution, count) in enumerate(options.stages):
         if stage > 0:
@@ -172,6 +165,26 @@ def fit(
                 on_progress(done, total)
     np.maximum(state.sdf, state.start - HULL_SLACK, out=state.sdf)
     return _in_world(state.sdf, state.color)
+
+
+def carved(
+    start: FloatArray, pixels: Pixels, color: FloatArray, masks: BoolArray, options: FitOptions
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """The first stage's hull as a distance, the field it is carved to, and the colours to begin with.
+
+    Args:
+        start: (r, r, r) hull of the coarsest grid, in node spacings; changed in place.
+        pixels: of all views.
+        color: (6, H, H, 3) of the views.
+        masks: (6, H, H) silhouettes.
+        options: of the fit.
+    """
+    from uc3d_rt.neus.carve import carve
+    from uc3d_rt.neus.redistance import restore_distance
+
+    restore_distance(start)
+    sdf = carve(start, pixels, masks.shape[-1], options.carve_steps)
+    return start, sdf, initial_colors(sdf, color, masks)
 
 
 def _in_world(sdf: FloatArray, color: FloatArray) -> Field:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +12,9 @@ from uc3d_rt.neus.field import node_coordinates, world_to_grid
 from uc3d_rt.views import AZIMUTHS_DEG, TARGET_CAMERAS, camera_axes
 
 FloatArray = NDArray[np.float32]
+
+Hull = TypeVar("Hull")
+"""A hull (R, R, R) in pixels, wherever it lies."""
 
 OPPOSITE = len(AZIMUTHS_DEG) // 2
 """View `v` and view `v + OPPOSITE` look along the same lines, so their silhouettes mirror."""
@@ -49,21 +55,52 @@ def hull_sdf(masks: NDArray[np.bool_], resolution: int) -> FloatArray:
     Returns:
         (R, R, R) in the axis order of `Field`, world units.
     """
+    merged, union = pair_distances(masks)
+    hull, tolerance_px = tolerant(
+        [merged, union],
+        masks,
+        resolution,
+        lambda pairs: _intersection(pairs, resolution),
+        lambda field, slack_px: _printed(field - slack_px, masks.shape[-1]),
+    )
+    return np.asarray((hull - np.float32(tolerance_px)) * np.float32(2.0 / masks.shape[-1]), dtype=np.float32)
+
+
+def pair_distances(masks: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:
+    """Distances (3, H, H) to the outlines of opposite views, merged: their mean, and their union's."""
     distances = [silhouette_distance(mask) for mask in masks]
-    size = masks.shape[-1]
     pairs = [(distances[v], distances[v + OPPOSITE][:, ::-1]) for v in range(OPPOSITE)]
-    merged = [0.5 * (a + b) for a, b in pairs]
-    union = [np.minimum(a, b) for a, b in pairs]
-    hull = _intersection(merged, resolution)
+    return np.stack([0.5 * (a + b) for a, b in pairs]), np.stack([np.minimum(a, b) for a, b in pairs])
+
+
+def tolerant(
+    choices: Sequence[FloatArray],
+    masks: NDArray[np.bool_],
+    resolution: int,
+    intersection: Callable[[FloatArray], Hull],
+    printed: Callable[[Hull, float], NDArray[np.bool_]],
+) -> tuple[Hull, float]:
+    """The hull in pixels, and the least tolerance with which it covers the silhouettes.
+
+    Args:
+        choices: the distances (3, H, H) to try with no tolerance, and those to go on with.
+        masks: (6, H, H).
+        resolution: nodes an axis.
+        intersection: makes a hull of distances.
+        printed: where (6, R, H) the nodes of a hull within some slack (pixels) project.
+    """
+    size = masks.shape[-1]
+    hull = intersection(choices[0])
     for tolerance in TOLERANCES_PX:
         tolerance_px = tolerance * size / 256.0
         # Half a node spacing more, for parts so thin that they slip between the nodes.
         slack_px = tolerance_px + 0.5 * size / resolution
-        if _least_coverage(hull - slack_px, masks) >= COVERAGE or tolerance == TOLERANCES_PX[-1]:
+        covered = least_coverage(printed(hull, slack_px), masks)
+        if covered >= COVERAGE or tolerance == TOLERANCES_PX[-1]:
             break
         if tolerance == 0.0:
-            hull = _intersection(union, resolution)
-    return np.asarray((hull - tolerance_px) * (2.0 / size), dtype=np.float32)
+            hull = intersection(choices[1])
+    return hull, tolerance_px
 
 
 def _pixel_columns(view: int, resolution: int, size: int) -> NDArray[np.float64]:
@@ -74,12 +111,12 @@ def _pixel_columns(view: int, resolution: int, size: int) -> NDArray[np.float64]
     return np.asarray(world_to_grid(u, size), dtype=np.float64)
 
 
-def _intersection(pair_distances: list[FloatArray], resolution: int) -> FloatArray:
+def _intersection(distances: FloatArray, resolution: int) -> FloatArray:
     """Largest of the pairs' distances (R, R, R), in pixels."""
-    size = pair_distances[0].shape[0]
+    size = distances.shape[-1]
     rows = np.clip(world_to_grid(-node_coordinates(resolution).astype(np.float64), size), 0, size - 1)
     hull = np.full((resolution, resolution, resolution), -np.inf, np.float32)
-    for view, distance in enumerate(pair_distances):
+    for view, distance in enumerate(distances):
         lines = _lerp(distance, rows, axis=0)  # (R, W)
         columns = np.clip(_pixel_columns(view, resolution, size), 0, size - 1)
         np.maximum(hull, _lerp(lines, columns, axis=1), out=hull)
@@ -96,18 +133,25 @@ def _lerp(values: FloatArray, where: NDArray[np.float64], axis: int) -> FloatArr
     )
 
 
-def _least_coverage(hull: FloatArray, masks: NDArray[np.bool_]) -> float:
-    """Smallest share of a silhouette that the hull's projection fills, over the non-empty views."""
-    resolution, size = hull.shape[0], masks.shape[-1]
-    rows = np.clip(np.rint(world_to_grid(node_coordinates(resolution), size)).astype(int), 0, size - 1)[::-1]
-    solid = hull < 0
-    least = 1.0
-    for view, mask in enumerate(masks):
+def _printed(field: FloatArray, size: int) -> NDArray[np.bool_]:
+    """Where (6, R, size) the nodes inside a field (R, R, R) project, a row for each layer."""
+    resolution = field.shape[0]
+    solid = field < 0
+    seen = np.zeros((len(TARGET_CAMERAS), resolution, size), bool)
+    for view in range(len(TARGET_CAMERAS)):
         columns = np.rint(_pixel_columns(view, resolution, size)).astype(int)
         inside = (columns >= 0) & (columns < size)
-        seen = np.zeros((resolution, size), bool)
         layers, z, x = np.nonzero(solid & inside)
-        seen[layers, columns[z, x]] = True
+        seen[view, layers, columns[z, x]] = True
+    return seen
+
+
+def least_coverage(printed: NDArray[np.bool_], masks: NDArray[np.bool_]) -> float:
+    """Smallest share of a silhouette that a print (6, R, H) fills, over the non-empty views."""
+    resolution, size = printed.shape[1:]
+    rows = np.clip(np.rint(world_to_grid(node_coordinates(resolution), size)).astype(int), 0, size - 1)[::-1]
+    least = 1.0
+    for seen, mask in zip(printed, masks, strict=True):
         if size > resolution:  # a node covers several pixels: widen its print so that no gaps remain
             reach = -(-size // resolution)
             seen = np.logical_or.reduce([np.roll(seen, s, axis=1) for s in range(-reach, reach + 1)])

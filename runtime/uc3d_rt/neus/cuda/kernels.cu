@@ -2,3 +2,4 @@
 #include "render.cu"
 #include "optimize.cu"
 #include "redistance.cu"
+#include "hull.cu"
