@@ -140,10 +140,15 @@ def onnx(
     help="Hold each engine's graph against the bundle's network on the CPU, which holds all of its weights "
     "in fp32 for that: 12 GB for sdxl's UNet, once a job.  Engines that were not are marked so.",
 )  # fmt: skip
+@click.option(
+    "--deterministic", is_flag=True,
+    help="For ONNX Runtime: give the same bits each time, without its group norm kernel; slower, "
+    "and run by `uc3d-rt --deterministic`.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and build nothing.")
 def build_engines(
     bundle: Path, backend: str, targets: str, precision: str, weights: str, timing_cache: Path | None,
-    jobs: int, check: bool, dry_run: bool,
+    jobs: int, check: bool, deterministic: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Build the fastest thing each GPU can run from a bundle's five networks.
 
@@ -156,7 +161,7 @@ def build_engines(
         from export.engines import BuildOptions, build, plan_build
 
         names = tuple(name.strip() for name in targets.split(",") if name.strip())
-        options = BuildOptions(bundle, backend, names, weights, timing_cache, jobs, check)
+        options = BuildOptions(bundle, backend, names, weights, timing_cache, jobs, check, deterministic)
         plan = plan_build(options)
         made_for = ", ".join(plan.engines.targets) or "every GPU that it knows"
         click.echo(f"{plan.options.backend} {plan.engines.version} ({plan.reason}), for {made_for}")

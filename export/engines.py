@@ -52,7 +52,7 @@ from uc3d_rt.engines import (
 )
 from uc3d_rt.errors import BackendError, OutputError, Uc3dError, UsageError
 
-RECIPE = 2
+RECIPE = 3
 """Counts changes of how engines are made; raise it when old ones should be built again."""
 
 LARGEST_TOGETHER_PX, DECODED_TOGETHER = 256, 2
@@ -73,6 +73,7 @@ class BuildOptions:
     timing_cache: Path | None = None
     jobs: int = 2
     check: bool = True  # hold every engine's graph against the bundle's network on the CPU
+    deterministic: bool = False  # the same bits each time: see `export.fused_graph.Fuser`
 
     def __post_init__(self) -> None:
         if self.backend not in ("auto", *LIBRARIES):
@@ -151,10 +152,16 @@ def plan_build(options: BuildOptions) -> Plan:
                 f"{backend} builds on the GPU that will run the engine, and there is none here"
             )
         targets = (machine.target,)
+    if options.deterministic and backend != "onnxruntime":
+        raise UsageError(
+            f"whether engines of {backend} give the same bits each time is not known; "
+            "leave --deterministic out, or add --backend onnxruntime"
+        )
     precision = "fp16" if options.weights == "fp16" else "fp16-int8-weights"
+    precision += "-deterministic" if options.deterministic else ""
     label = "-".join((backend, release, precision, "-".join(t.replace("_", "") for t in targets) or "all"))
     folder = options.bundle / BUILT_NAME / label
-    now = EngineSet(backend, release, targets, precision, manifest.profile, {})
+    now = EngineSet(backend, release, targets, precision, manifest.profile, {}, options.deterministic)
     if (folder / ENGINES_NAME).is_file():
         now = load_engine_set(folder)
     jobs = []
@@ -366,7 +373,9 @@ def _fused(job: Job, options: BuildOptions, manifest: Manifest, target: Path, we
     started = time.perf_counter()
     data = data_file(job.source, weights)
     with data or nullcontext():
-        model, error = build_part(job.name, job.source, manifest, max(job.batches), data, options.check)
+        model, error = build_part(
+            job.name, job.source, manifest, max(job.batches), data, options.check, options.deterministic
+        )
         _check_error(error)
         prepared = time.perf_counter()
         record = None if data is None else data.record()
@@ -417,6 +426,7 @@ def _key(
         "source": source_sha256,
         "batches": list(batches),
         "weights": options.weights,
+        "deterministic": options.deterministic,
         "backend": [options.backend, release],
         "targets": list(options.targets),
         "tools": [version("onnx"), onnxruntime.__version__, *polygraphy],

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 SPLIT_GELU_WIDTHS = (2560, 5120, 10240)
 """All that ONNX Runtime's BiasSplitGelu kernel was compiled for."""
 
+OWN_PRODUCTS_WIDTH = 640
+"""From this many channels on, queries, keys and values are products of their own: smaller ones cost less
+than copying the parts of a common one apart."""
+
 BLOCK_MARK = "/norm_row/LayerNormalization"
 """How the name of a node ends that every multiview block has, and nothing else."""
 
@@ -42,7 +46,7 @@ class MultiviewBlock:
     """Self-, row-wise and cross-attention and feed-forward, as in `train/multiview_unet.py`.
 
     Tokens are (b, (v + 1) n, c), the input picture's last.  Row-wise attention takes them in another
-    order, which two gathers make.
+    order, which a gather makes; a transpose, whose kernel copies far faster, takes them back.
     """
 
     def __init__(self, fuser: Fuser, prefix: str, named: dict[str, onnx.NodeProto], output: str) -> None:
@@ -87,8 +91,7 @@ class MultiviewBlock:
         heads = f.shapes[self._named["Softmax"].output[0]][1]
         tokens = np.arange(views * n).reshape(views, n)
         with_picture = np.concatenate([tokens, np.broadcast_to(tokens[v], (views, n))], axis=1).reshape(-1)
-        rows = np.arange(v * n).reshape(v, side, side).transpose(1, 0, 2).reshape(-1)
-        back = np.concatenate([np.argsort(rows), tokens[v]])
+        rows = tokens[:v].T.reshape(-1)  # n, v: those of an image row in a row, its views side by side
 
         entering = self._entering(f)
         place = self._constant(f, "Add").reshape(views * n, c)
@@ -99,17 +102,21 @@ class MultiviewBlock:
         # Self-attention, the picture's tokens among the keys.
         normed, h = self._add_norm(f, f.reshape(entering.value, b, views * n, c), place, "norm1")
         q = f.reshape(self._matmul(f, normed, "to_q"), b * views, n, c)
-        kv = f.node("Gather", self._matmul(f, normed, "to_k", "to_v"), f.sizes(*with_picture), axis=1)
-        k, value = self._split(f, f.reshape(kv, b * views, 2 * n, 2 * c), 2)
-        looked = self._matmul(f, self._attend(f, heads, q, k, value), "to_out.0")
+        doubled = [
+            f.node("Gather", product, f.sizes(*with_picture), axis=1)
+            for product in self._products(f, normed, "to_k", "to_v")
+        ]
+        kv = self._parts(f, doubled, 2, b * views, 2 * n, c)
+        looked = self._matmul(f, self._attend(f, heads, q, *kv), "to_out.0")
         bias = self._constant(f, "to_out.0/Add")
         normed, h = self._add_norm(f, f.reshape(looked, b, views * n, c), h, "norm_row", bias)
 
         # Row-wise attention of the targets; the picture's tokens get minus the bias that all are given.
         rowwise = f.node("Gather", normed, f.sizes(*rows), axis=1)
-        qkv = self._matmul(f, rowwise, *(f"attn_row/to_{what}" for what in "qkv"))
-        parts = self._split(f, f.reshape(qkv, b * side, v * side, 3 * c), 3)
-        seen = self._matmul(f, self._attend(f, heads, *parts), "attn_row/to_out.0")
+        products = self._products(f, rowwise, *(f"attn_row/to_{what}" for what in "qkv"))
+        qkv = self._parts(f, products, 3, b * side, side * v, c)
+        seen = self._matmul(f, self._attend(f, heads, *qkv), "attn_row/to_out.0")
+        seen = f.node("Transpose", f.reshape(seen, b, n, v, c), perm=(0, 2, 1, 3))
         bias = self._constant(f, "attn_row/to_out.0/Add")
         if f.data is None:
             nothing = f.constant(np.broadcast_to(-bias, (b, n, c)), np.float32)
@@ -117,7 +124,6 @@ class MultiviewBlock:
             one = f.constant(np.broadcast_to(-bias, (1, n, c)), np.float32)
             nothing = one if b == 1 else f.node("Concat", *[one] * b, axis=0)
         seen = f.node("Concat", f.reshape(seen, b, v * n, c), nothing, axis=1)
-        seen = f.node("Gather", seen, f.sizes(*back), axis=1)
         normed, h = self._add_norm(f, seen, h, "norm2", bias)
 
         # Cross-attention to the image tokens.
@@ -166,8 +172,19 @@ class MultiviewBlock:
         weight = np.concatenate([self._weight(f, name) for name in linears], axis=1)
         return f.node("MatMul", value, f.constant(weight))
 
-    def _split(self, f: Fuser, value: str, parts: int) -> list[str]:
-        return f.node_of("Split", parts, value, axis=-1, num_outputs=parts)
+    def _products(self, f: Fuser, value: str, *linears: str) -> list[str]:
+        """Products with the weights of linear layers: one each if they are wide, else one of all."""
+        if self.shape[-1] < OWN_PRODUCTS_WIDTH:
+            return [self._matmul(f, value, *linears)]
+        return [self._matmul(f, value, linear) for linear in linears]
+
+    def _parts(self, f: Fuser, products: list[str], count: int, *sizes: int) -> list[str]:
+        """What each of `count` linear layers made, of these sizes."""
+        if len(products) == count:
+            return [f.reshape(product, *sizes) for product in products]
+        *before, width = sizes
+        both = f.reshape(products[0], *before, count * width)
+        return f.node_of("Split", count, both, axis=-1, num_outputs=count)
 
     def _attend(self, f: Fuser, heads: int, *qkv: str) -> str:
         return f.node("MultiHeadAttention", *qkv, domain=MICROSOFT, num_heads=heads)

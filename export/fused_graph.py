@@ -41,19 +41,22 @@ class GroupNorm:
     silu: bool = False
 
 
-def fused_graph(source: Path, sizes: Mapping[str, int], data: DataFile | None = None) -> onnx.ModelProto:
+def fused_graph(
+    source: Path, sizes: Mapping[str, int], data: DataFile | None = None, deterministic: bool = False
+) -> onnx.ModelProto:
     """The network of an ONNX file in fp16 with ONNX Runtime's fused operators; inputs and outputs float32.
 
     Args:
         source: file of a bundle, fp32, its weights stored as fp32 or int8.
         sizes: all free dimensions, by name.
         data: takes large weights; a file that has its weights beside it needs one.
+        deterministic: see `Fuser`.
 
     Raises:
         ValueError: ONNX Runtime refuses the graph.
     """
     model = folded(source, sizes, keep_int8=False, room=data.room if data else None)
-    return in_half(Fuser(model, data).model())
+    return in_half(Fuser(model, data, deterministic).model())
 
 
 def in_half(model: onnx.ModelProto, keep_io: bool = True) -> onnx.ModelProto:
@@ -73,12 +76,17 @@ def in_half(model: onnx.ModelProto, keep_io: bool = True) -> onnx.ModelProto:
 class Fuser(GraphWriter):
     """Writes a graph anew, from its outputs to its inputs, each value once."""
 
-    def __init__(self, model: onnx.ModelProto, data: DataFile | None = None) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, data: DataFile | None = None, deterministic: bool = False
+    ) -> None:
         """Take a graph of fixed sizes, constants folded, with the names torch gave its nodes.
 
-        With a data file, what goes there is fp16 already: `in_half` must follow.
+        With a data file, what goes there is fp16 already: `in_half` must follow.  The group norm kernel of
+        ONNX Runtime (1.31) adds fp32 sums in whatever order its blocks end, so that the same input gives
+        other bits each time; `deterministic` does without it.
         """
         super().__init__("v", data)
+        self.deterministic = deterministic
         self.source = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
         self.constants = Constants(self.source)
         self.maker = {name: node for node in self.source.node for name in node.output}
@@ -247,8 +255,8 @@ class Fuser(GraphWriter):
         return self.node("NhwcConv", *inputs, domain=MICROSOFT, **attributes)
 
     def _fusable(self, norm: GroupNorm) -> bool:
-        """Whether the kernel, which reads channels in pairs, takes it."""
-        return len(norm.gamma) // norm.groups % 2 == 0
+        """Whether the kernel, which reads channels in pairs, takes it, and may."""
+        return len(norm.gamma) // norm.groups % 2 == 0 and not self.deterministic
 
     def _normed(self, norm: GroupNorm) -> str:
         key = (norm.source, norm.gamma.tobytes(), norm.silu)
@@ -296,7 +304,7 @@ class Fuser(GraphWriter):
         return None
 
     def _normed_plainly(self, norm: GroupNorm) -> str:
-        """With standard operators, for groups that the fused kernel does not take."""
+        """With standard operators, where the fused kernel is not used."""
         n, c, h, w = self.shapes[norm.source]
         image = self.node("Transpose", self.nhwc(norm.source), perm=TO_NCHW)
         size = c // norm.groups * h * w

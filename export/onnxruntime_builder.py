@@ -29,8 +29,9 @@ def data_file(source: Path, path: Path) -> DataFile | None:
 
 
 def build_part(
-    part: str, source: Path, manifest: Manifest, batch: int, data: DataFile | None = None, check: bool = True
-) -> tuple[onnx.ModelProto, float | None]:
+    part: str, source: Path, manifest: Manifest, batch: int, data: DataFile | None = None, check: bool = True,
+    deterministic: bool = False,
+) -> tuple[onnx.ModelProto, float | None]:  # fmt: skip
     """One engine's graph and its relative error.
 
     Args:
@@ -40,6 +41,7 @@ def build_part(
         batch: how many the network takes a call.
         data: of `data_file`.
         check: measure the error, which runs the whole network in fp32 on the CPU.
+        deterministic: see `export.fused_graph.Fuser`.
 
     Returns:
         The graph, and the largest relative 2-norm error of its outputs against the network in fp32,
@@ -60,9 +62,11 @@ def build_part(
         model = guidance_graph(shape, manifest.sampling.guidance_rescale)
         return model, _guidance_error(model, manifest) if check else None
     if part.startswith("unet_step_"):
-        model = step_graph(source, shape, batch, manifest.sampling.guidance_rescale, data)
+        rescale = manifest.sampling.guidance_rescale
+        model = step_graph(source, shape, batch, rescale, data, deterministic)
         return model, step_error(model, source, manifest, batch) if check else None
-    model = fused_graph(source, {"batch": batch, "samples": batch * shape.views}, data)
+    sizes = {"batch": batch, "samples": batch * shape.views}
+    model = fused_graph(source, sizes, data, deterministic)
     inputs = example_inputs(shape, part, batch, 1, manifest.schedule.train_steps)
     return model, relative_error(source, plain_graph(model), [inputs]) if check else None
 

@@ -44,8 +44,9 @@ class Cuts:
 
 
 def step_graph(
-    source: Path, shape: ModelShape, batch: int, rescale: float = 0.0, data: DataFile | None = None
-) -> onnx.ModelProto:
+    source: Path, shape: ModelShape, batch: int, rescale: float = 0.0, data: DataFile | None = None,
+    deterministic: bool = False,
+) -> onnx.ModelProto:  # fmt: skip
     """The step in fp16 with ONNX Runtime's fused operators; z and its update stay float32.
 
     Args:
@@ -54,6 +55,7 @@ def step_graph(
         batch: 1 = no guidance; 2 = guidance, the second sees no picture.
         rescale: of guidance, see `uc3d_rt.sampler.guided`.
         data: takes large weights; a file that has its weights beside it needs one.
+        deterministic: see `Fuser`.
 
     Raises:
         ValueError: ONNX Runtime refuses the file, or it is no multiview UNet.
@@ -74,7 +76,7 @@ def step_graph(
                 node.input[position] = names[name]
     for name, given in names.items():
         cut.graph.input.append(helper.make_tensor_value_info(given, TensorProto.FLOAT, sizes[name]))
-    body = in_half(Fuser(cut, data).model(), keep_io=False)
+    body = in_half(Fuser(cut, data, deterministic).model(), keep_io=False)
     return _with_update(body, cuts, sizes, shape, batch, rescale if batch == 2 else 0.0)
 
 

@@ -70,6 +70,10 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
     help="Call the UNet for one object where guidance would take two, and free each stage before the next: "
     "saves half of the UNet's working memory and its second copy, and takes longer.",
 )  # fmt: skip
+@click.option(
+    "--deterministic", is_flag=True,
+    help="The same file each time on a GPU too; needs engines built with --deterministic.",
+)  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads; all if left out.")
 @click.option("--quiet", is_flag=True, help="No progress and no timings; warnings and errors still show.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -92,6 +96,7 @@ def command(
     backend: str,
     fit_device: str | None,
     low_memory: bool,
+    deterministic: bool,
     threads: int | None,
     quiet: bool,
     debug: bool,
@@ -112,7 +117,7 @@ def command(
         mesh_options = MeshOptions(texture=texture)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    pipeline = Pipeline.from_bundle(bundle, device, threads, backend, fit_device, low_memory)
+    pipeline = Pipeline.from_bundle(bundle, device, threads, backend, fit_device, low_memory, deterministic)
     if not quiet and pipeline.choice is not None and (pipeline.choice.notable or device != "cpu"):
         click.echo(f"runs on {pipeline.choice}", err=True)
     if threads is not None:

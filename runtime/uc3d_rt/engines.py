@@ -78,6 +78,7 @@ class EngineSet:
     precision: str
     profile: str  # the bundle's
     engines: dict[str, EngineFile]
+    deterministic: bool = False  # they give the same bits each time
     format_version: int = FORMAT_VERSION
 
 

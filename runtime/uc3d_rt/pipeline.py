@@ -97,6 +97,7 @@ class Pipeline:
         backend: str = "auto",
         fit_device: str | None = None,
         low_memory: bool = False,
+        deterministic: bool = False,
     ) -> Pipeline:
         """Open a bundle; None is the one that ships.
 
@@ -109,6 +110,8 @@ class Pipeline:
             low_memory: call the UNet for one object at a time where guidance acts, and free every stage
                 before the next is loaded, also within `with pipeline:`.  The views are the same but for
                 rounding; a sample takes longer.
+            deterministic: run only what gives the same bits each time.  On the CPU everything does; on a
+                GPU it is what `python -m export build-engines --deterministic` built.
 
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.
@@ -126,7 +129,7 @@ class Pipeline:
                     f"{bundle / entry.file} ({name}) is missing; the bundle is incomplete, "
                     "fetch or export it again"
                 )
-        choice = choose(bundle, manifest, device, backend, threads, low_memory)
+        choice = choose(bundle, manifest, device, backend, threads, low_memory, deterministic)
         if fit_device == "cuda":
             from uc3d_rt.cuda_device import cuda_driver
 

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from export import fused_block
 from export.engines import BuildOptions, build, engine_batches, plan_build
 from export.example_inputs import example_inputs
 from export.fused_graph import Fuser, fused_graph
@@ -63,7 +64,7 @@ def test_the_unet_is_fused_throughout(bundle: Path) -> None:
     assert count["NhwcConv"] == sum(node.op_type == "Conv" for node in source)
     for kind in ("Conv", "InstanceNormalization", "Softmax", "Erf", "Expand"):
         assert count[kind] == 0, kind
-    assert count["Transpose"] == 2  # to channels last at the start, back at the end
+    assert count["Transpose"] == 2 + blocks  # to channels last at the start, back at the end; rows to views
     assert {node.domain for node in model.graph.node} == {"", MICROSOFT}
 
 
@@ -75,6 +76,32 @@ def test_the_bundle_that_ships() -> None:
     norms = sum(n.op_type == "InstanceNormalization" for n in onnx.load(shipped / "unet.onnx").graph.node)
     assert count["GroupNorm"] + count["SkipGroupNorm"] == norms > 0
     assert not count["LayerNormalization"] and not count["Softmax"] and not count["Conv"]
+
+
+def test_wide_layers_have_products_of_their_own(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, inputs = bundle / "unet.onnx", example_inputs(TOY.shape, "unet", 2, seed=3)
+    narrow = Fuser(folded(source, sizes("unet", 2), keep_int8=False)).model()
+    monkeypatch.setattr(fused_block, "OWN_PRODUCTS_WIDTH", 1)
+    wide = Fuser(folded(source, sizes("unet", 2), keep_int8=False)).model()
+    ours, theirs = (Counter(node.op_type for node in model.graph.node) for model in (wide, narrow))
+    blocks = ours["MultiHeadAttention"] // 3
+    assert ours["MatMul"] == theirs["MatMul"] + 3 * blocks and ours["Gather"] == theirs["Gather"] + blocks
+    assert ours["Split"] == theirs["Split"] - 2 * blocks
+    for found, expected in zip(run(plain_graph(wide), inputs), run(source, inputs), strict=True):
+        assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_deterministic_graphs_do_without_the_kernel_that_is_not(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    for part, batch in (("unet_step_2", 2), ("vae_decoder", 2)):
+        source = bundle / ("unet.onnx" if part.startswith("unet") else f"{part}.onnx")
+        usual, _ = build_part(part, source, manifest, batch, check=False)
+        model, error = build_part(part, source, manifest, batch, deterministic=True)
+        count, norms = (Counter(node.op_type for node in m.graph.node) for m in (model, usual))
+        assert not count["GroupNorm"] and not count["SkipGroupNorm"]
+        fused = norms["GroupNorm"] + norms["SkipGroupNorm"]
+        assert count["LayerNormalization"] == norms["LayerNormalization"] + fused > 0
+        assert error is not None and 1e-5 < error < 5e-3
 
 
 @pytest.mark.parametrize("name", NETWORK_NAMES)

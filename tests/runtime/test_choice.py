@@ -40,16 +40,17 @@ def manifest(bundle: Path) -> Manifest:
     return load_manifest(bundle)
 
 
-def build(bundle: Path, manifest: Manifest, backend: str, version: str) -> Path:
+def build(bundle: Path, manifest: Manifest, backend: str, version: str, deterministic: bool = False) -> Path:
     """A folder of engines with nothing in them."""
-    folder = bundle / BUILT_NAME / f"{backend}-{version}"
+    folder = bundle / BUILT_NAME / f"{backend}-{version}{'-deterministic' if deterministic else ''}"
     folder.mkdir(parents=True)
     files = {}
     for name, entry in manifest.networks.items():
         for part in parts_of(backend, name):
             (folder / f"{part}.engine").touch()
             files[part] = EngineFile(f"{part}.engine", EMPTY, 0, entry.sha256, "key", (1,), 1e-3)
-    save_engine_set(EngineSet(backend, version, (), "fp16", manifest.profile, files), folder)
+    engines = EngineSet(backend, version, (), "fp16", manifest.profile, files, deterministic)
+    save_engine_set(engines, folder)
     return folder
 
 
@@ -85,6 +86,21 @@ def test_engines_that_fit_are_taken(bundle: Path, manifest: Manifest) -> None:
     assert isinstance(named.backend, OnnxRuntimeEngines) and named.notable
     plain = choose(bundle, manifest, "cuda", "bundle")
     assert isinstance(plain.backend, OnnxRuntimeBackend) and "fp32" in plain.name
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_same_bits_each_time_are_for_those_who_ask(bundle: Path, manifest: Manifest) -> None:
+    fast = build(bundle, manifest, "onnxruntime", "1.31.1")
+    with pytest.raises(BackendError, match="its results differ in their last bits.*--deterministic"):
+        choose(bundle, manifest, "cuda", deterministic=True)
+    with pytest.raises(BackendError, match="the same bits each time"):  # and not the bundle's own in silence
+        choose(bundle, manifest, "cuda", "bundle", deterministic=True)
+    sure = build(bundle, manifest, "onnxruntime", "1.31.1", deterministic=True)
+    for deterministic, folder in ((False, fast), (True, sure)):
+        found = choose(bundle, manifest, "cuda", deterministic=deterministic).backend
+        assert isinstance(found, OnnxRuntimeEngines) and found.folder == folder
+        assert found.engines.deterministic == deterministic
+    assert choose(bundle, manifest, "cpu", "bundle", deterministic=True).reason == "asked for"
 
 
 @pytest.mark.usefixtures("gpu")

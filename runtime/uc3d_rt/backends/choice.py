@@ -42,7 +42,7 @@ class Choice:
 
 def choose(
     bundle: Path, manifest: Manifest, device: str = "cpu", backend: str = "auto",
-    threads: int | None = None, low_memory: bool = False,
+    threads: int | None = None, low_memory: bool = False, deterministic: bool = False,
 ) -> Choice:  # fmt: skip
     """The backend for a device; never another device than the one asked for.
 
@@ -54,6 +54,7 @@ def choose(
             fits, any other what was built for it.
         threads: CPU threads a network may use; None leaves the choice to the library.
         low_memory: see `uc3d_rt.backends.base.Backend`.
+        deterministic: only what gives the same bits each time; on the CPU everything does.
 
     Raises:
         UsageError: unknown device or backend, or `threads` below 1.
@@ -61,23 +62,31 @@ def choose(
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    deterministic = deterministic and device != "cpu"
     own = backend_for(device, threads, low_memory)
     plain = Choice(own, f"the bundle's own files, fp32, {device}", "asked for")
-    if backend == "bundle":
+    if backend == "bundle" and not deterministic:
         return plain
     unfit, fitting = [], []
     for folder, engines, reasons in engine_choices(bundle, manifest, device):
         if engines is None:
             unfit.append(f"{folder.name}: {', '.join(reasons)}")
         elif backend in ("auto", engines.backend):
+            if deterministic and not engines.deterministic:
+                reasons = [*reasons, "its results differ in their last bits"]
             if reasons:
                 unfit.append(f"{folder.name}: {', '.join(reasons)}")
             else:
-                fitting.append((BACKENDS.index(engines.backend), folder, engines))
+                fitting.append((BACKENDS.index(engines.backend), engines.deterministic, folder, engines))
     if fitting:
-        _, folder, engines = min(fitting, key=lambda one: one[0])
+        *_, folder, engines = min(fitting, key=lambda one: one[:2])
         return _built_choice(folder, engines, device, threads, low_memory)
     lacks = "; ".join(unfit) or "nothing was built for it"
+    if deterministic:
+        raise BackendError(
+            f"nothing that gives the same bits each time fits --device {device} ({lacks}); "
+            f"{REBUILD} --backend onnxruntime --deterministic"
+        )
     if backend != "auto":
         mend = MENDS[device] if backend == "onnxruntime" else f"{REBUILD} --backend {backend}"
         if device == "cpu" and backend != "onnxruntime":

@@ -123,6 +123,7 @@ def open_session(
     threads: int | None = None,
     provider_options: dict[str, str] | None = None,
     int8_kernels: bool = False,
+    deterministic: bool = False,
 ) -> Any:
     """A session on a device, and on no other.
 
@@ -132,6 +133,7 @@ def open_session(
         threads: CPU threads; None leaves the choice to ONNX Runtime.
         provider_options: of the device's execution provider.
         int8_kernels: compute in int8 what the file quantises; else such values are dequantised first.
+        deterministic: take the kernels that give the same bits each time, where there are such.
 
     Raises:
         BackendError: ONNX Runtime has no such provider, or it does not start, or refuses the file.
@@ -144,6 +146,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
+    options.use_deterministic_compute = deterministic
     if not int8_kernels:
         # Else int8-stored weights are fused into integer kernels that round activations too.
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -58,6 +58,7 @@ class OnnxRuntimeEngines(Backend):
             verified_engine_path(self.engines, self.folder, part),
             self.device,
             provider_options=provider_options,
+            deterministic=self.engines.deterministic,
         )
 
 
