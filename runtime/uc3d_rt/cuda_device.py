@@ -88,7 +88,7 @@ def _call(driver: Any, name: str, *arguments: Any) -> tuple[Any, ...]:
 class CudaDevice:
     """The primary context of a GPU, which other libraries of the process share, and our kernels in it.
 
-    Use it with `with`, in one thread; all work goes into one stream.
+    Use it with `with`, from one thread at a time, whichever; all work goes into one stream.
     """
 
     def __init__(self, ordinal: int = 0) -> None:
@@ -106,7 +106,6 @@ class CudaDevice:
         try:
             (self._device,) = self._call("cuDeviceGet", ordinal)
             (self._context,) = self._call("cuDevicePrimaryCtxRetain", self._device)
-            self._call("cuCtxPushCurrent", self._context)
             (self._stream,) = self._call("cuStreamCreate", 1)  # does not wait for the default stream
         except BaseException:
             self.close()
@@ -128,6 +127,7 @@ class CudaDevice:
         if context is None:
             return
         self._context = None
+        driver.cuCtxPushCurrent(context)
         for address in self._buffers:
             driver.cuMemFree(address)
         self._buffers.clear()
@@ -216,4 +216,11 @@ class CudaDevice:
         return int(free), int(total)
 
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
-        return _call(self._driver, name, *arguments)
+        """Call the driver in our context, and leave to the thread the one it had."""
+        if self._context is None:
+            return _call(self._driver, name, *arguments)
+        _call(self._driver, "cuCtxPushCurrent", self._context)
+        try:
+            return _call(self._driver, name, *arguments)
+        finally:
+            self._driver.cuCtxPopCurrent()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,55 @@ class Device(Protocol):
             BackendError: the device refused.
         """
         ...
+
+
+class Scope(Device):
+    """A device whose memory is given back at the end of a `with` block, whatever ended it."""
+
+    def __init__(self, device: Device) -> None:
+        """Take memory from a device that outlives the scope."""
+        self._device = device
+        self._taken: dict[int, Buffer] = {}
+
+    def __enter__(self) -> Self:
+        """Give itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give back what was taken and not freed."""
+        left, self._taken = list(self._taken.values()), {}
+        if left:
+            self._device.free(left)
+
+    def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> Buffer:
+        """See `Device`."""
+        buffer = self._device.empty(shape, dtype)
+        self._taken[id(buffer)] = buffer
+        return buffer
+
+    def clear(self, buffer: Buffer) -> None:
+        """See `Device`."""
+        self._device.clear(buffer)
+
+    def upload(self, array: NDArray[Any], buffer: Buffer) -> None:
+        """See `Device`."""
+        self._device.upload(array, buffer)
+
+    def download(self, buffer: Buffer) -> NDArray[Any]:
+        """See `Device`."""
+        return self._device.download(buffer)
+
+    def free(self, buffers: Sequence[Buffer]) -> None:
+        """See `Device`."""
+        for buffer in buffers:
+            del self._taken[id(buffer)]
+        self._device.free(buffers)
+
+    def launch(self, kernel: str, threads: int, *arguments: Buffer | Scalar | None) -> None:
+        """See `Device`."""
+        self._device.launch(kernel, threads, *arguments)
 
 
 def uploaded(device: Device, array: NDArray[Any]) -> Buffer:

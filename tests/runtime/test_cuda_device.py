@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -66,18 +67,35 @@ def test_what_is_taken_is_given_back(driver: Driver) -> None:
         device.free([b])
         device.clear(a)
         device.launch("bend", 1000, a, None, np.int32(7))
-        blocks, threads = driver.calls[-1][1][1], driver.calls[-1][1][4]
-        assert driver.calls[-1][0] == "cuLaunchKernel" and blocks * threads >= 1000  # type: ignore[operator]
+        blocks, threads = driver.calls[-2][1][1], driver.calls[-2][1][4]
+        assert driver.calls[-2][0] == "cuLaunchKernel" and blocks * threads >= 1000  # type: ignore[operator]
     assert driver.memory == {}
     for taken, given in (
         ("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"),
-        ("cuCtxPushCurrent", "cuCtxPopCurrent"),
         ("cuStreamCreate", "cuStreamDestroy"),
         ("cuModuleLoadData", "cuModuleUnload"),
     ):
         assert driver.names().count(taken) == driver.names().count(given) == 1
     device.close()  # twice does nothing
-    assert driver.names().count("cuCtxPopCurrent") == 1
+    assert driver.names().count("cuDevicePrimaryCtxRelease") == 1
+
+
+def test_a_thread_keeps_the_context_it_had(driver: Driver) -> None:
+    """Each call finds ours, whichever thread makes it, and none leaves it behind, also when it fails."""
+    with CudaDevice() as device, ThreadPoolExecutor(1) as other:
+        buffer = other.submit(device.empty, (4,), np.float32).result()
+        device.clear(buffer)
+        driver.fails["cuMemAlloc"] = 2
+        with pytest.raises(BackendError):
+            device.empty((4,), np.float32)
+    names = [name for name in driver.names() if name not in ("cuInit", "cuDeviceGetCount", "cuDeviceGet")]
+    depth = 0
+    for name in names:
+        depth += {"cuCtxPushCurrent": 1, "cuCtxPopCurrent": -1}.get(name, 0)
+        assert depth == 1 or name in (
+            "cuCtxPopCurrent", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"
+        )  # fmt: skip
+    assert depth == 0
 
 
 @pytest.mark.parametrize(

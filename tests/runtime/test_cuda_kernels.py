@@ -8,7 +8,7 @@ import pytest
 
 from tests.runtime import analytic
 from tests.runtime.host_device import HostDevice, compiler
-from uc3d_rt.device import Device, cleared, uploaded
+from uc3d_rt.device import Device, Scope, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.extract import extract_surface
 from uc3d_rt.neus.adam import adam_step
@@ -25,7 +25,7 @@ ONE = 2.0**32
 
 
 @pytest.fixture(scope="module", params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     if request.param == "cuda":
         from uc3d_rt.cuda_device import CudaDevice
 
@@ -35,6 +35,12 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         pytest.skip("no C++ compiler")
     else:
         yield HostDevice(tmp_path_factory.mktemp("kernels") / "kernels.so")
+
+
+@pytest.fixture
+def device(machine: Device) -> Iterator[Device]:
+    with Scope(machine) as scope:
+        yield scope
 
 
 @pytest.fixture
@@ -219,7 +225,6 @@ def test_hull(device: Device, shift: int) -> None:
         buffer = hull.at(resolution)
         np.testing.assert_allclose(device.download(buffer), values * (0.5 * resolution), atol=1e-4)
         device.free([buffer])
-    hull.free()
     # A bar that only one pair of opposite views sees, and to the side of it one for each other.
     bars = np.zeros_like(masks)
     for view in range(6):
@@ -244,15 +249,14 @@ def test_fit_on_a_device_is_the_fit_on_the_cpu(device: Device) -> None:
     assert abs((found[0].sdf - expected.sdf)[near].mean()) < 0.01 * expected.voxel
     surfaces = [extract_surface(field, 0.05).vertices for field in (found[0], expected)]
     assert abs(surfaces[0].mean(axis=0) - surfaces[1].mean(axis=0)).max() < 0.003
-    if isinstance(device, HostDevice):
-        with pytest.raises(FitError, match="--device cpu"):
-            fit(color, normal, FitOptions(keep_rgb=0.8), device=device)
+    with pytest.raises(FitError, match="--device cpu"):
+        fit(color, normal, FitOptions(keep_rgb=0.8), device=device)
 
 
-def test_a_fit_frees_what_it_took(device: Device) -> None:
-    if not isinstance(device, HostDevice):
+def test_a_fit_frees_what_it_took(machine: Device) -> None:
+    if not isinstance(machine, HostDevice):
         pytest.skip("counted on the stand-in")
     color, normal = analytic.six_views(analytic.sphere((0, 0, 0), 0.6), 48)
-    before = device.live
-    fit(color, normal, FitOptions(resolution=32, iterations=(2, 2), rays_per_iteration=1000), device=device)
-    assert device.live == before
+    before = machine.live
+    fit(color, normal, FitOptions(resolution=32, iterations=(2, 2), rays_per_iteration=1000), device=machine)
+    assert machine.live == before

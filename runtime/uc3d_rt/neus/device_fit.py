@@ -239,10 +239,6 @@ class DeviceHull:
         )  # fmt: skip
         return out
 
-    def free(self) -> None:
-        """Give the memory back."""
-        self.device.free([self._right, self._hull, self._seen])
-
     def _intersection(self, distances: FloatArray) -> Buffer:
         given = uploaded(self.device, distances)
         self.device.launch(
@@ -272,7 +268,7 @@ def fit_stages(
     """All of the fit on a device, but for the carving of the coarsest grid; twin of what `fit.fit` does.
 
     Args:
-        device: where.
+        device: where; memory taken of it is left to be freed by a `Scope`.
         color: (6, H, H, 3) of the views.
         masks: (6, H, H) silhouettes.
         pixels: of all views.
@@ -315,8 +311,4 @@ def fit_stages(
                 on_progress(done, total)
     assert state is not None
     state.keep_in_hull(HULL_SLACK)
-    found = device.download(state.sdf), device.download(state.color)
-    state.free()
-    hull.free()
-    device.free([*on_device.rays, *on_device.targets])
-    return found
+    return device.download(state.sdf), device.download(state.color)
