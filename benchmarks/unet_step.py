@@ -77,8 +77,8 @@ def main(
             manifest = load_manifest(bundle)
             choice = choose(bundle, manifest, device, "onnxruntime")
             print(choice)
-            measure(bundle, manifest, choice.backend, device, calls, steps)
-            _measure_torch(None, manifest, device, modes, calls)
+            step_ms = measure(bundle, manifest, choice.backend, device, calls, steps)
+            _measure_torch(None, manifest, device, modes, calls, step_ms)
             return
         from train.presets import PRESETS
 
@@ -105,10 +105,11 @@ def measure_random(
         _make_plain(plan.folder)
     timed("engines built, not checked on the CPU: the step is held against torch's below")
     manifest = load_manifest(bundle)
+    step_ms: dict[bool, float] = {}
     for low_memory in (False, True):
         print("low memory:" if low_memory else "as usual:", flush=True)
         backend = OnnxRuntimeEngines(plan.folder, load_engine_set(plan.folder), device, low_memory)
-        measure(bundle, manifest, backend, device, calls, steps, unet)
+        step_ms[low_memory] = measure(bundle, manifest, backend, device, calls, steps, unet)
         timed("measured")
         if not pictures:
             continue
@@ -118,14 +119,14 @@ def measure_random(
         seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in views.timings.items())
         print(f"a picture, {PICTURE_STEPS} steps: peak of GPU memory {peak[0]:.0f} MiB; {seconds}")
         timed("a picture made")
-    _measure_torch(unet, manifest, device, modes, calls, timed)
+    _measure_torch(unet, manifest, device, modes, calls, step_ms[False], timed)
 
 
 def measure(
     bundle: Path, manifest: Manifest, backend: Backend, device: str, calls: int, steps: int,
     unet: MultiviewUNet | None = None,
-) -> None:  # fmt: skip
-    """The runtime's steps; against torch's where it has the same weights."""
+) -> float:  # fmt: skip
+    """The runtime's steps, against torch's where it has the same weights; milliseconds of a guided one."""
     inputs = example_inputs(manifest.shape, "unet", 2, seed=1)
     given = {
         "tokens": inputs["tokens"][:1], "image_latent": inputs["image_latent"][:1], "focal": 0.0,
@@ -163,6 +164,7 @@ def measure(
         if unet is None or not backend.low_memory:
             _line("runtime, step without", sampler.timed_step(calls, guided=False))
     print(f"peak of GPU memory with all of its CUDA graphs: {peak[0]:.0f} MiB", flush=True)
+    return step_ms
 
 
 class _Stopwatch:
@@ -243,9 +245,9 @@ def _error(found: np.ndarray, unet: MultiviewUNet, given: dict[str, object], res
 
 def _measure_torch(
     unet: MultiviewUNet | None, manifest: Manifest, device: str, modes: tuple[str, ...], calls: int,
-    timed: Callable[[str], None] = lambda _: None,
+    step_ms: float, timed: Callable[[str], None] = lambda _: None,
 ) -> None:  # fmt: skip
-    """Eager and compiled; on a CPU eager alone."""
+    """Eager and compiled, against the runtime's step; on a CPU eager alone."""
     import torch
 
     from train.multiview_unet import MultiviewUNet
@@ -272,7 +274,8 @@ def _measure_torch(
         torch._dynamo.reset()
         network = unet if mode == "eager" else torch.compile(unet, mode=mode)
         with torch.no_grad(), _peak(device) as peak:
-            _line(f"torch, {mode}", _times(call(network), calls))
+            times = _times(call(network), calls)
+            _line(f"torch, {mode}", times, f"runtime / torch {step_ms / statistics.median(times):.2f}")
         print(f"its peak of GPU memory: {weights:.0f} MiB of weights and {peak[0]:.0f} MiB", flush=True)
         timed(f"torch, {mode}")
 
