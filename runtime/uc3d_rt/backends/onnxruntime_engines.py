@@ -25,6 +25,8 @@ _PROVIDER_OPTIONS = {
     "cuda": {"cudnn_conv_algo_search": "EXHAUSTIVE", "arena_extend_strategy": "kSameAsRequested"},
     "cpu": {},
 }
+_DETERMINISTIC_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC"}  # else chosen anew by what ran faster
+
 _STEP_OPTIONS = {"cuda": {"enable_cuda_graph": "1"}, "cpu": {}}
 
 
@@ -54,11 +56,14 @@ class OnnxRuntimeEngines(Backend):
 
     def session(self, part: str, provider_options: dict[str, str]) -> Any:
         """A session of one engine file."""
+        deterministic = self.engines.deterministic
+        if deterministic and self.device == "cuda":
+            provider_options = provider_options | _DETERMINISTIC_OPTIONS
         return open_session(
             verified_engine_path(self.engines, self.folder, part),
             self.device,
             provider_options=provider_options,
-            deterministic=self.engines.deterministic,
+            deterministic=deterministic,
         )
 
 
