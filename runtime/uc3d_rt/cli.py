@@ -58,13 +58,13 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--resolution", type=int, help="Nodes along each axis of the fitted grid.")
 @click.option("--format", "file_format", type=click.Choice(FORMATS), help="Else taken from the file name.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Model bundle; else the one that ships.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 @click.option(
     "--backend", default="auto", show_default=True,
     help="onnxruntime, tensorrt, tensorrt-rtx: what was built for it; bundle: its own files, fp32; "
     "auto: the first of these that fits.",
 )  # fmt: skip
-@click.option("--fit-device", help="Where the fit runs: cpu or cuda; as --device if left out.")
+@click.option("--fit-device", help="Where the fit runs: cpu, cuda or cuda:N; as --device if left out.")
 @click.option(
     "--low-memory", is_flag=True,
     help="Call the UNet for one object where guidance would take two, and free each stage before the next: "
@@ -117,7 +117,10 @@ def command(
         mesh_options = MeshOptions(texture=texture)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    pipeline = Pipeline.from_bundle(bundle, device, threads, backend, fit_device, low_memory, deterministic)
+    pipeline = Pipeline.from_bundle(
+        bundle, device, threads, backend,
+        fit_device=fit_device, low_memory=low_memory, deterministic=deterministic,
+    )  # fmt: skip
     if not quiet and pipeline.choice is not None and (pipeline.choice.notable or device != "cpu"):
         click.echo(f"runs on {pipeline.choice}", err=True)
     if threads is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -215,12 +216,17 @@ class CudaDevice:
         free, total = self._call("cuMemGetInfo")
         return int(free), int(total)
 
-    def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
-        """Call the driver in our context, and leave to the thread the one it had."""
-        if self._context is None:
-            return _call(self._driver, name, *arguments)
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Our context in this thread, for other libraries too; it gets back the one it had."""
         _call(self._driver, "cuCtxPushCurrent", self._context)
         try:
-            return _call(self._driver, name, *arguments)
+            yield
         finally:
             self._driver.cuCtxPopCurrent()
+
+    def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
+        if self._context is None:
+            return _call(self._driver, name, *arguments)
+        with self.current():
+            return _call(self._driver, name, *arguments)

@@ -84,7 +84,7 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class Machine:
-    """The first NVIDIA GPU, as its driver tells."""
+    """An NVIDIA GPU, as its driver tells."""
 
     gpu: str
     target: str  # "sm_86"
@@ -151,14 +151,15 @@ def built_folders(bundle: Path) -> list[Path]:
     return sorted(path.parent for path in (bundle / BUILT_NAME).glob(f"*/{ENGINES_NAME}"))
 
 
-def this_machine() -> Machine | None:
-    """The first GPU that `nvidia-smi` names; None where there is none."""
+def this_machine(ordinal: int = 0) -> Machine | None:
+    """The GPU of a number, counted as `nvidia-smi` does; None where there is none."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    fields = [field.strip() for field in done.stdout.partition("\n")[0].split(",")]
+    lines = done.stdout.splitlines()
+    fields = [field.strip() for field in lines[ordinal].split(",")] if ordinal < len(lines) else []
     if len(fields) != 3:
         return None
     gpu, capability, driver = fields

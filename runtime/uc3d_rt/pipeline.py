@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.backends.base import DEVICES, Backend, Network, Resource, Sampler
-from uc3d_rt.backends.choice import Choice, choose
+from uc3d_rt.backends.base import Backend, Network, Place, Resource, Sampler
+from uc3d_rt.backends.choice import Choice, choose, chosen_device
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
-from uc3d_rt.errors import BundleError, UsageError
+from uc3d_rt.errors import BackendError, BundleError, UsageError
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
 from uc3d_rt.sampler import ddim_steps
 from uc3d_rt.views import decode_normals
@@ -95,6 +95,7 @@ class Pipeline:
         device: str = "cpu",
         threads: int | None = None,
         backend: str = "auto",
+        *,
         fit_device: str | None = None,
         low_memory: bool = False,
         deterministic: bool = False,
@@ -103,10 +104,11 @@ class Pipeline:
 
         Args:
             path: folder with `manifest.json`.
-            device: "cpu" or "cuda"; never another than the one asked for.
+            device: "cpu", "cuda" or "cuda:N", and never another than the one asked for; "auto" is the first
+                GPU if there is one that can be used, else the CPU, and `choice` says why.
             threads: CPU threads a network may use; None leaves the choice to ONNX Runtime.
             backend: "auto" takes the fastest that fits the device; `choice` says which and why.
-            fit_device: "cpu" or "cuda", of the fit; None = `device`.
+            fit_device: "cpu", "cuda" or "cuda:N", of the fit; None = `device`.
             low_memory: call the UNet for one object at a time where guidance acts, and free every stage
                 before the next is loaded, also within `with pipeline:`.  The views are the same but for
                 rounding; a sample takes longer.
@@ -118,9 +120,8 @@ class Pipeline:
             UsageError: unknown device or backend, or `threads` below 1.
             BackendError: a device or backend asked for cannot run here.
         """
-        fit_device = device if fit_device is None else fit_device
-        if fit_device not in DEVICES:
-            raise UsageError(f"unknown fit device {fit_device!r}; choose one of {', '.join(DEVICES)}")
+        asked, (device, why) = device, chosen_device(device)
+        places = Place.named(device), Place.named(device if fit_device is None else fit_device)
         bundle = default_bundle() if path is None else Path(path)
         manifest = load_manifest(bundle)
         for name, entry in manifest.networks.items():
@@ -129,12 +130,20 @@ class Pipeline:
                     f"{bundle / entry.file} ({name}) is missing; the bundle is incomplete, "
                     "fetch or export it again"
                 )
-        choice = choose(bundle, manifest, device, backend, threads, low_memory, deterministic)
-        if fit_device == "cuda":
+        choice = choose(bundle, manifest, str(places[0]), backend, threads, low_memory, deterministic)
+        fit_place = places[1]
+        if fit_place.kind == "cuda":
             from uc3d_rt.cuda_device import cuda_driver
 
-            cuda_driver()  # before any work is done
-        return cls(bundle, manifest, choice.backend, choice, fit_device)
+            try:
+                cuda_driver(fit_place.ordinal)  # before any work is done
+            except BackendError as error:
+                if asked != "auto" or fit_device is not None:
+                    raise
+                fit_place, why = Place("cpu"), f"{why}; the fit runs on the CPU: {error}"
+        if asked == "auto":
+            choice = replace(choice, reason=f"{why}; {choice.reason}", notable=True)
+        return cls(bundle, manifest, choice.backend, choice, str(fit_place))
 
     def __call__(
         self,
@@ -331,7 +340,8 @@ class Pipeline:
             return
         from uc3d_rt.cuda_device import CudaDevice
 
-        with self._resource("fit device", CudaDevice) as device:
+        ordinal = Place.named(self.fit_device).ordinal
+        with self._resource("fit device", lambda: CudaDevice(ordinal)) as device:
             yield device
 
     @contextmanager

@@ -224,6 +224,16 @@ def test_inspect_tells_all(built_copy: Path) -> None:
 # What can go wrong.
 
 
+def test_only_known_engines_are_called_deterministic(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="same bits each time is not known; leave --deterministic out"):
+        plan_build(BuildOptions(tiny_bundle, "tensorrt-rtx", deterministic=True))
+    usual, sure = (
+        plan_build(BuildOptions(tiny_bundle, "onnxruntime", deterministic=d)) for d in (False, True)
+    )
+    assert usual.folder != sure.folder and sure.engines.deterministic and not usual.engines.deterministic
+    assert usual.jobs[0].key != sure.jobs[0].key
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -456,5 +466,7 @@ def test_this_machine(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert this_machine() == expected
+    second = this_machine(1)
+    assert second is None if printed.count("\n") < 2 else second is not None and second.gpu == "RTX 4090"
     monkeypatch.setenv("PATH", "")
     assert this_machine() is None

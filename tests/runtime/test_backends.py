@@ -119,7 +119,7 @@ def test_a_network_of_another_contract(tiny_bundle: Path, tmp_path: Path, manife
 
 
 def test_devices_and_threads_are_checked() -> None:
-    with pytest.raises(UsageError, match="choose one of cpu"):
+    with pytest.raises(UsageError, match="choose cpu, cuda, or cuda:N"):
         backend_for("tpu")
     with pytest.raises(UsageError, match="threads"):
         backend_for("cpu", threads=0)

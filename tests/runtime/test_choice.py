@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 import uc3d_rt.engines
+from uc3d_rt import cuda_device
 from uc3d_rt.backends import choice
 from uc3d_rt.backends.choice import choose
-from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend
+from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, open_session
 from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
 from uc3d_rt.contract import Manifest, load_manifest
 from uc3d_rt.engines import (
@@ -62,7 +64,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine | None], None]:
     monkeypatch.setattr(uc3d_rt.engines, "known_targets", lambda backend: rtx.get(backend, ()))
 
     def place(machine: Machine | None) -> None:
-        monkeypatch.setattr(choice, "this_machine", lambda: machine)
+        monkeypatch.setattr(choice, "this_machine", lambda ordinal=0: machine if ordinal == 0 else None)
 
     place(HERE)
     return place
@@ -86,6 +88,62 @@ def test_engines_that_fit_are_taken(bundle: Path, manifest: Manifest) -> None:
     assert isinstance(named.backend, OnnxRuntimeEngines) and named.notable
     plain = choose(bundle, manifest, "cuda", "bundle")
     assert isinstance(plain.backend, OnnxRuntimeBackend) and "fp32" in plain.name
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_gpu_of_a_number(bundle: Path, manifest: Manifest) -> None:
+    build(bundle, manifest, "onnxruntime", "1.31.1")
+    first = choose(bundle, manifest, "cuda:0").backend
+    assert isinstance(first, OnnxRuntimeEngines) and first.place.ordinal == 0
+    second = choose(bundle, manifest, "cuda:1")
+    assert isinstance(second.backend, OnnxRuntimeBackend) and second.backend.device == "cuda:1"
+    assert "no NVIDIA GPU was found" in second.reason
+
+
+def test_the_provider_is_told_the_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    class Session:
+        def __init__(self, path: Path, options: object, providers: list[object]) -> None:
+            asked.append(providers)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"]
+
+        def disable_fallback(self) -> None:
+            pass
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    open_session(bundle / "unet.onnx", "cuda:3", provider_options={"use_tf32": "0"})
+    assert asked == [[("CUDAExecutionProvider", {"use_tf32": "0", "device_id": "3"})]]
+
+
+def test_auto_takes_a_gpu_that_can_be_used_and_says_why(
+    bundle: Path, manifest: Manifest, gpu: Callable[[Machine | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(bundle, manifest, "onnxruntime", "1.31.1")
+    here = Pipeline.from_bundle(bundle, "auto")  # this ONNX Runtime has no CUDA
+    assert here.fit_device == "cpu" and "H100 is not used: this ONNX Runtime has no CUDA" in str(here.choice)
+    monkeypatch.setattr(choice, "check_provider", lambda device: device)
+    monkeypatch.setattr(cuda_device, "cuda_driver", lambda ordinal: None)
+    there = Pipeline.from_bundle(bundle, "auto")
+    assert isinstance(there._backend, OnnxRuntimeEngines) and there.fit_device == "cuda"
+    assert "H100 is here" in str(there.choice) and there.choice is not None and there.choice.notable
+
+    def no_driver(ordinal: int) -> None:
+        raise BackendError("no cuda-bindings")
+
+    monkeypatch.setattr(cuda_device, "cuda_driver", no_driver)
+    mixed = Pipeline.from_bundle(bundle, "auto")
+    assert mixed.fit_device == "cpu" and "the fit runs on the CPU: no cuda-bindings" in str(mixed.choice)
+    for asked in ({"device": "cuda"}, {"device": "auto", "fit_device": "cuda"}):
+        with pytest.raises(BackendError, match="no cuda-bindings"):  # what was asked for is not replaced
+            Pipeline.from_bundle(bundle, **asked)
+    gpu(None)
+    alone = Pipeline.from_bundle(bundle, "auto")
+    assert "cpu" in str(alone.choice) and "no NVIDIA GPU was found" in str(alone.choice)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -148,7 +206,7 @@ def test_an_engine_altered_after_it_was_chosen(bundle: Path, manifest: Manifest)
 def test_unknown_names(bundle: Path, manifest: Manifest) -> None:
     with pytest.raises(UsageError, match="unknown backend 'tensorflow'; choose one of auto, onnx"):
         choose(bundle, manifest, "cpu", "tensorflow")
-    with pytest.raises(UsageError, match="unknown device 'tpu'; choose one of cpu, cuda"):
+    with pytest.raises(UsageError, match="unknown device 'tpu'; choose cpu, cuda, or cuda:N"):
         choose(bundle, manifest, "tpu")
 
 

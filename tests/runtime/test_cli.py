@@ -168,16 +168,28 @@ def test_help_names_every_option(run_cli: Run) -> None:
         assert any(name in out for name in (*parameter.opts, parameter.human_readable_name))
 
 
-@pytest.mark.parametrize("given", [(), ("--low-memory",)])
-def test_low_memory_reaches_the_pipeline(
-    run_cli: Run, object_png: Path, tmp_path: Path, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def told(*arguments: object) -> None:
-        raise errors.UsageError(f"low memory {arguments[-1]}")
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ((), {"fit_device": None, "low_memory": False, "deterministic": False}),
+        (("--low-memory",), {"fit_device": None, "low_memory": True, "deterministic": False}),
+        (("--deterministic",), {"fit_device": None, "low_memory": False, "deterministic": True}),
+        (("--fit-device", "cuda"), {"fit_device": "cuda", "low_memory": False, "deterministic": False}),
+    ],
+)
+def test_options_reach_the_pipeline(
+    run_cli: Run, object_png: Path, tmp_path: Path, given: tuple[str, ...], expected: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    heard: list[dict[str, object]] = []
+
+    def told(*_: object, **options: object) -> None:
+        heard.append(options)
+        raise errors.UsageError("enough")
 
     monkeypatch.setattr(pipeline.Pipeline, "from_bundle", told)
     code, _, err = run_cli(object_png, "-o", tmp_path / "m.glb", *given)
-    assert code == errors.UsageError.exit_code and err == f"error: low memory {bool(given)}\n"
+    assert code == errors.UsageError.exit_code and err == "error: enough\n" and heard == [expected]
 
 
 def test_version(run_cli: Run) -> None:

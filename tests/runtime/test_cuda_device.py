@@ -143,4 +143,4 @@ def test_a_fit_on_a_gpu_that_cannot_be_is_refused_before_any_work(
     assert code == 6 and "pip install 'uc3d-rt[cuda]'" in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "views").exists()
     code, _, err = run_cli(*files, "--fit-device", "gpu")
-    assert code == 2 and "unknown fit device 'gpu'; choose one of cpu, cuda" in err
+    assert code == 2 and "unknown device 'gpu'; choose cpu, cuda, or cuda:N" in err

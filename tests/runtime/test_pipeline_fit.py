@@ -31,8 +31,9 @@ class OpenDevice(HostDevice):
     opened: list[OpenDevice] = []
     library_path: Path
 
-    def __init__(self) -> None:
+    def __init__(self, ordinal: int = 0) -> None:
         super().__init__(self.library_path)
+        self.ordinal = ordinal
         self.closed, self.fails_at = False, ""
         self.opened.append(self)
 
@@ -61,7 +62,7 @@ def devices(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
     OpenDevice.library_path = tmp_path_factory.mktemp("kernels") / "kernels.so"
     OpenDevice.opened = []
     monkeypatch.setattr(cuda_device, "CudaDevice", OpenDevice)
-    monkeypatch.setattr(cuda_device, "cuda_driver", lambda: None)
+    monkeypatch.setattr(cuda_device, "cuda_driver", lambda ordinal: None)
     return OpenDevice.opened
 
 
@@ -111,6 +112,14 @@ def test_within_with_one_device_serves_all_pictures(
     assert len(devices) == 2 and devices[1].closed
 
 
+def test_the_fit_takes_the_gpu_of_its_number(
+    tiny_bundle: Path, devices: list[OpenDevice], views: Views
+) -> None:
+    for name, ordinal in (("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)):
+        made(Pipeline.from_bundle(tiny_bundle, fit_device=name), views)
+        assert devices[-1].ordinal == ordinal
+
+
 def test_low_memory_keeps_no_device(tiny_bundle: Path, devices: list[OpenDevice], views: Views) -> None:
     with Pipeline.from_bundle(tiny_bundle, fit_device="cuda", low_memory=True) as pipeline:
         for _ in range(2):
@@ -155,8 +164,9 @@ def test_what_ends_a_fit_gives_memory_back(
 
 def test_the_fit_goes_where_the_networks_go_unless_told(tiny_bundle: Path) -> None:
     assert Pipeline.from_bundle(tiny_bundle).fit_device == "cpu"
-    with pytest.raises(UsageError, match="unknown fit device 'gpu'; choose one of cpu, cuda"):
-        Pipeline.from_bundle(tiny_bundle, fit_device="gpu")
+    for name in ("gpu", "cpu:1", "cuda:", "cuda:x", "cuda:-1", "auto"):
+        with pytest.raises(UsageError, match=f"unknown device '{name}'; choose cpu, cuda, or cuda:N"):
+            Pipeline.from_bundle(tiny_bundle, fit_device=name)
 
 
 def test_pipelines_side_by_side_give_what_each_gives_alone(tiny_bundle: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -29,7 +30,15 @@ class Memory:
     """NumPy's memory as a `CudaDevice`'s."""
 
     live: ClassVar[dict[int, np.ndarray]] = {}
+    ordinals: ClassVar[list[int]] = []
     stream = 99
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self.ordinals.append(ordinal)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        yield
 
     def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> SimpleNamespace:
         array = np.full(shape, 7, dtype)
@@ -194,7 +203,7 @@ def library(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     save_engine_set(EngineSet("tensorrt-rtx", VERSION, (), "fp16", manifest.profile, files), folder)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", found)
     monkeypatch.setattr(tensorrt, "CudaDevice", Memory)
-    monkeypatch.setattr(choice, "this_machine", lambda: Machine("RTX", "sm_86", "580.1"))
+    monkeypatch.setattr(choice, "this_machine", lambda ordinal=0: Machine("RTX", "sm_86", "580.1"))
     Memory.live.clear()
     return found
 
@@ -218,8 +227,17 @@ def test_a_picture_through_engines(bundle: Path, library: Library, object_png: P
 
 
 @pytest.mark.usefixtures("library")
+def test_the_gpu_of_a_number(bundle: Path, object_png: Path) -> None:
+    pipeline = Pipeline.from_bundle(bundle, "cuda:1", fit_device="cpu")
+    assert "tensorrt-rtx, fp16, cuda:1" in str(pipeline.choice)
+    Memory.ordinals.clear()
+    pipeline.views(object_png, steps=1, guidance=1.0)
+    assert Memory.ordinals == [1] * 4
+
+
+@pytest.mark.usefixtures("library")
 def test_verify_runs_the_engines(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "this_machine", lambda: Machine("RTX", "sm_86", "580.1"))
+    monkeypatch.setattr(verification, "this_machine", lambda ordinal=0: Machine("RTX", "sm_86", "580.1"))
     checks = [check for check in verification.verify(bundle, steps=2) if check.form == "rtx"]
     assert {check.what for check in checks} >= {
         "unet.prediction",
@@ -261,7 +279,7 @@ def test_which_engines_are_taken(bundle: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UsageError, match="runs on GPUs alone; add --device cuda"):
         choice.choose(bundle, manifest, "cpu", "tensorrt-rtx")
     # The library knows sm_86 alone.
-    monkeypatch.setattr(choice, "this_machine", lambda: Machine("H100", "sm_90", "580.1"))
+    monkeypatch.setattr(choice, "this_machine", lambda ordinal=0: Machine("H100", "sm_90", "580.1"))
     assert uc3d_rt.engines.known_targets("tensorrt-rtx") == ("sm_86",)
     with pytest.raises(BackendError, match="built for sm_86, but H100 is sm_90"):
         choice.choose(bundle, manifest, "cuda", "tensorrt-rtx")

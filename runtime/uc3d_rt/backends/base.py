@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -17,6 +18,31 @@ from uc3d_rt.sampler import Step, run_steps
 FloatArray = NDArray[np.float32]
 
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device: the CPU, or one of the GPUs."""
+
+    kind: str  # of `DEVICES`
+    ordinal: int = 0  # of the GPU, as CUDA counts them
+
+    @classmethod
+    def named(cls, name: str) -> Place:
+        """The device of a name: "cpu", "cuda" (the first GPU) or "cuda:1".
+
+        Raises:
+            UsageError: it is none.
+        """
+        kind, colon, number = name.partition(":")
+        if kind not in DEVICES or (colon and (kind == "cpu" or not number.isdecimal())):
+            raise UsageError(
+                f"unknown device {name!r}; choose cpu, cuda, or cuda:N for the GPU of that number"
+            )
+        return cls(kind, int(number or 0))
+
+    def __str__(self) -> str:
+        return self.kind if self.ordinal == 0 else f"{self.kind}:{self.ordinal}"
 
 
 class Resource(Protocol):
@@ -167,7 +193,7 @@ def backend_for(device: str, threads: int | None = None, low_memory: bool = Fals
     """The backend that runs a bundle's own files on a device; never another device than the one asked for.
 
     Args:
-        device: one of `DEVICES`.
+        device: a name of `Place`.
         threads: CPU threads a network may use; None leaves the choice to the engine.
         low_memory: see `Backend`.
 
@@ -176,11 +202,10 @@ def backend_for(device: str, threads: int | None = None, low_memory: bool = Fals
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
-    if device in DEVICES:
-        from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend
+    place = Place.named(device)
+    from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(device, threads, low_memory)
-    raise UsageError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
+    return OnnxRuntimeBackend(str(place), threads, low_memory)
 
 
 def check_inputs(spec: NetworkSpec, inputs: Mapping[str, FloatArray], views: int) -> None:

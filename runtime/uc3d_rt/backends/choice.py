@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from uc3d_rt.backends.base import Backend, backend_for
+from uc3d_rt.backends.base import Backend, Place, backend_for
+from uc3d_rt.backends.onnxruntime import check_provider
 from uc3d_rt.contract import Manifest
 from uc3d_rt.engines import (
     CPU,
@@ -49,7 +50,7 @@ def choose(
     Args:
         bundle: whose engines are looked at.
         manifest: of the bundle.
-        device: one of `uc3d_rt.backends.base.DEVICES`.
+        device: a name of `uc3d_rt.backends.base.Place`.
         backend: one of `BACKENDS`: "bundle" runs the bundle's own files in fp32, "auto" the first that
             fits, any other what was built for it.
         threads: CPU threads a network may use; None leaves the choice to the library.
@@ -62,7 +63,8 @@ def choose(
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    deterministic = deterministic and device != "cpu"
+    kind = Place.named(device).kind
+    deterministic = deterministic and kind != "cpu"
     own = backend_for(device, threads, low_memory)
     plain = Choice(own, f"the bundle's own files, fp32, {device}", "asked for")
     if backend == "bundle" and not deterministic:
@@ -88,11 +90,11 @@ def choose(
             f"{REBUILD} --backend onnxruntime --deterministic"
         )
     if backend != "auto":
-        mend = MENDS[device] if backend == "onnxruntime" else f"{REBUILD} --backend {backend}"
-        if device == "cpu" and backend != "onnxruntime":
+        mend = MENDS[kind] if backend == "onnxruntime" else f"{REBUILD} --backend {backend}"
+        if kind == "cpu" and backend != "onnxruntime":
             raise UsageError(f"--backend {backend} runs on GPUs alone; add --device cuda")
         raise BackendError(f"{backend} has nothing that fits --device {device} ({lacks}); {mend}")
-    return Choice(plain.backend, plain.name, f"{lacks}; for speed {MENDS[device]}", notable=bool(unfit))
+    return Choice(plain.backend, plain.name, f"{lacks}; for speed {MENDS[kind]}", notable=bool(unfit))
 
 
 def _built_choice(
@@ -109,18 +111,33 @@ def _built_choice(
     if engines.backend != "onnxruntime":
         from uc3d_rt.backends.tensorrt import TensorRtEngines
 
-        name = f"{engines.backend}, {engines.precision}, cuda"
-        return Choice(TensorRtEngines(folder, engines, low_memory), name, reason, notable=True)
-    fused = OnnxRuntimeEngines(folder, engines, low_memory=low_memory)
-    return Choice(fused, f"onnxruntime, {engines.precision}, cuda", reason, notable=True)
+        name = f"{engines.backend}, {engines.precision}, {device}"
+        ordinal = Place.named(device).ordinal
+        return Choice(TensorRtEngines(folder, engines, low_memory, ordinal), name, reason, notable=True)
+    fused = OnnxRuntimeEngines(folder, engines, device, low_memory)
+    return Choice(fused, f"onnxruntime, {engines.precision}, {device}", reason, notable=True)
+
+
+def chosen_device(asked: str) -> tuple[str, str]:
+    """The device that "auto" stands for on this machine, any other for itself; and why it."""
+    if asked != "auto":
+        return asked, "asked for"
+    machine = this_machine()
+    if machine is None:
+        return "cpu", "no NVIDIA GPU was found"
+    try:
+        check_provider("cuda")
+    except BackendError as error:
+        return "cpu", f"{machine.gpu} is not used: {error}"
+    return "cuda", f"{machine.gpu} is here"
 
 
 def engine_choices(
     bundle: Path, manifest: Manifest, device: str
 ) -> Iterator[tuple[Path, EngineSet | None, list[str]]]:
     """Every folder of engines for a device, with the reasons why it cannot be used here."""
-    folders = built_folders(bundle)
-    machine = this_machine() if folders and device != "cpu" else None
+    folders, place = built_folders(bundle), Place.named(device)
+    machine = this_machine(place.ordinal) if folders and place.kind != "cpu" else None
     for folder in folders:
         try:
             engines = load_engine_set(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.backends.base import Backend, Network, check_inputs
+from uc3d_rt.backends.base import Backend, Network, Place, check_inputs
 from uc3d_rt.contract import Manifest, NetworkSpec, network_specs, verified_network_path
 from uc3d_rt.engines import EngineSet, verified_engine_path
 from uc3d_rt.errors import BackendError, BundleError
@@ -34,7 +34,8 @@ class OnnxRuntimeBackend(Backend):
         """Verify and load one network; raises as `Backend.open`."""
         path = verified_network_path(bundle, manifest, name)
         spec = network_specs(manifest.shape)[name]
-        session = open_session(path, self.device, self.threads, _PROVIDER_OPTIONS[self.device])
+        options = _PROVIDER_OPTIONS[Place.named(self.device).kind]
+        session = open_session(path, self.device, self.threads, options)
         _check_session(session, spec, path)
         return OnnxRuntimeNetwork(session, spec, manifest.shape.views)
 
@@ -108,7 +109,7 @@ def check_provider(device: str) -> str:
     """
     import onnxruntime
 
-    provider = _PROVIDERS[device]
+    provider = _PROVIDERS[Place.named(device).kind]
     if provider not in onnxruntime.get_available_providers():
         raise BackendError(
             f"this ONNX Runtime has no {provider}; run: pip uninstall -y onnxruntime onnxruntime-gpu && "
@@ -129,7 +130,7 @@ def open_session(
 
     Args:
         path: ONNX file.
-        device: one of `DEVICES`.
+        device: a name of `uc3d_rt.backends.base.Place`.
         threads: CPU threads; None leaves the choice to ONNX Runtime.
         provider_options: of the device's execution provider.
         int8_kernels: compute in int8 what the file quantises; else such values are dequantised first.
@@ -141,7 +142,9 @@ def open_session(
     import onnxruntime
 
     provider = check_provider(device)
-    if device == "cuda":
+    place, given = Place.named(device), dict(provider_options or {})
+    if place.kind == "cuda":
+        given["device_id"] = str(place.ordinal)
         onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -153,7 +156,7 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[(provider, provider_options or {})])
+        session = onnxruntime.InferenceSession(path, options, providers=[(provider, given)])
     except _runtime_errors() as error:
         raise BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path} ({_one_line(error)}); "

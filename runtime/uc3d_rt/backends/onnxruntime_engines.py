@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.backends.base import Backend, Network, Sampler, check_inputs
+from uc3d_rt.backends.base import Backend, Network, Place, Sampler, check_inputs
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeNetwork, explained, open_session
 from uc3d_rt.contract import Manifest, NetworkSpec, network_specs
 from uc3d_rt.engines import EngineSet, verified_engine_path
@@ -41,13 +41,14 @@ class OnnxRuntimeEngines(Backend):
         self.folder = folder
         self.engines = engines
         self.device = device
+        self.place = Place.named(device)
 
     def open(self, bundle: Path, manifest: Manifest, name: str) -> Network:
         """Verify and load one network; raises as `Backend.open`."""
         spec, views = network_specs(manifest.shape)[name], manifest.shape.views
         if name == "unet":
             return StepNetwork(StepSampler(self, manifest), spec, views)
-        session = self.session(name, _PROVIDER_OPTIONS[self.device])
+        session = self.session(name, _PROVIDER_OPTIONS[self.place.kind])
         return OnnxRuntimeNetwork(session, spec, views, self.engines.engines[name].batches[0])
 
     def open_sampler(self, bundle: Path, manifest: Manifest) -> Sampler:
@@ -57,7 +58,7 @@ class OnnxRuntimeEngines(Backend):
     def session(self, part: str, provider_options: dict[str, str]) -> Any:
         """A session of one engine file."""
         deterministic = self.engines.deterministic
-        if deterministic and self.device == "cuda":
+        if deterministic and self.place.kind == "cuda":
             provider_options = provider_options | _DETERMINISTIC_OPTIONS
         return open_session(
             verified_engine_path(self.engines, self.folder, part),
@@ -118,7 +119,7 @@ class StepSampler(Sampler):
     """
 
     def __init__(self, backend: OnnxRuntimeEngines, manifest: Manifest) -> None:
-        self._backend, self._device, self._low_memory = backend, backend.device, backend.low_memory
+        self._backend, self._place, self._low_memory = backend, backend.place, backend.low_memory
         self._rescale = manifest.sampling.guidance_rescale
         shape = manifest.shape
         self._latent = (shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px)
@@ -205,14 +206,15 @@ class StepSampler(Sampler):
         """Zeros on the device."""
         import onnxruntime
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), self._device, 0)
+        place = self._place
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), place.kind, place.ordinal)
 
     @contextmanager
     def _session(self, part: str) -> Iterator[Any]:
         """What makes time or keys and values: freed at once where memory is low, else kept."""
         session = self._sessions.get(part)
         if session is None:
-            session = self._backend.session(part, _PROVIDER_OPTIONS[self._device])
+            session = self._backend.session(part, _PROVIDER_OPTIONS[self._place.kind])
         if not self._low_memory:
             self._sessions[part] = session
         yield session
@@ -220,7 +222,7 @@ class StepSampler(Sampler):
     def _step_session(self, part: str) -> Any:
         """One that runs in every step."""
         if part not in self._sessions:
-            options = _PROVIDER_OPTIONS[self._device] | _STEP_OPTIONS[self._device]
+            options = _PROVIDER_OPTIONS[self._place.kind] | _STEP_OPTIONS[self._place.kind]
             self._sessions[part] = self._backend.session(part, options)
         return self._sessions[part]
 
@@ -262,7 +264,7 @@ class StepSampler(Sampler):
             split = kind == 2 and self._low_memory
             runs = self._split_runs(plan) if split else self._runs(kind, plan)
             loop = self._loops[kind] = _Loop(kind, plan, runs)
-            if self._device == "cuda":
+            if self._place.kind == "cuda":
                 # The first runs choose algorithms, take memory, and capture a CUDA graph for either place.
                 for at in (0, 1) * 3:
                     self._step[at].update_inplace(np.zeros(1, np.int64))

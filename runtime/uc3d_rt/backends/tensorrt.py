@@ -28,13 +28,14 @@ FloatArray = NDArray[np.float32]
 class TensorRtEngines(Backend):
     """Opens the engines of one folder."""
 
-    def __init__(self, folder: Path, engines: EngineSet, low_memory: bool = False) -> None:
+    def __init__(self, folder: Path, engines: EngineSet, low_memory: bool = False, ordinal: int = 0) -> None:
         """Take the engines of a folder.
 
         Raises:
             BackendError: their library does not load.
         """
         self.low_memory = low_memory
+        self.ordinal = ordinal  # of the GPU
         self.folder = folder
         self.engines = engines
         try:
@@ -47,7 +48,8 @@ class TensorRtEngines(Backend):
         path = verified_engine_path(self.engines, self.folder, name)
         spec, views = network_specs(manifest.shape)[name], manifest.shape.views
         batches = self.engines.engines[name].batches
-        return TensorRtNetwork(self.library, path, spec, views, batches[0] if len(batches) == 1 else None)
+        batch = batches[0] if len(batches) == 1 else None
+        return TensorRtNetwork(self.library, path, spec, views, batch, self.ordinal)
 
 
 class _Call:
@@ -61,7 +63,13 @@ class TensorRtNetwork(Network):
     """An engine and its contract."""
 
     def __init__(
-        self, library: ModuleType, path: Path, spec: NetworkSpec, views: int, batch: int | None
+        self,
+        library: ModuleType,
+        path: Path,
+        spec: NetworkSpec,
+        views: int,
+        batch: int | None,
+        ordinal: int = 0,
     ) -> None:
         """Load an engine file.
 
@@ -71,6 +79,7 @@ class TensorRtNetwork(Network):
             spec: what it must take and give.
             views: of a sample.
             batch: how many a call takes, where that is fixed.
+            ordinal: of the GPU.
 
         Raises:
             BackendError: the library refuses the engine, or there is no GPU.
@@ -80,11 +89,12 @@ class TensorRtNetwork(Network):
         self._calls: dict[tuple[tuple[int, ...], ...], _Call] = {}
         self._scratch: CudaBuffer | None = None
         self._cache: Any = None
-        self._device: CudaDevice | None = CudaDevice()
+        self._device: CudaDevice | None = CudaDevice(ordinal)
         try:
             self._logger = library.Logger(library.Logger.ERROR)
-            self._runtime = library.Runtime(self._logger)
-            self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            with self._device.current():
+                self._runtime = library.Runtime(self._logger)
+                self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
             if self._engine is None:
                 raise BackendError(
                     f"{library.__name__} {library.__version__} does not open {path} on this GPU; {REBUILD}"
@@ -106,11 +116,14 @@ class TensorRtNetwork(Network):
         check_inputs(self._spec, inputs, self._views)
         shapes = tuple(inputs[tensor.name].shape for tensor in self._spec.inputs)
         if shapes not in self._calls:
-            self._calls[shapes] = self._prepared({name: value.shape for name, value in inputs.items()})
+            with self._device.current():
+                self._calls[shapes] = self._prepared({name: value.shape for name, value in inputs.items()})
         call = self._calls[shapes]
         for name, value in inputs.items():
             self._device.upload(value.astype(call.buffers[name].dtype, copy=False), call.buffers[name])
-        if not call.context.execute_async_v3(self._device.stream):
+        with self._device.current():
+            queued = call.context.execute_async_v3(self._device.stream)
+        if not queued:
             raise BackendError(
                 f"{self._spec.name} failed in {self._library.__name__}; "
                 "if memory ran out, free some of the GPU's"
@@ -125,10 +138,11 @@ class TensorRtNetwork(Network):
         device, self._device = self._device, None
         if device is None:
             return
-        if self._cache is not None:
-            _keep(bytes(self._cache.serialize()), self._cache_path)
-        self._calls.clear()  # contexts go before their engine, the engine before its runtime
-        self._cache = self._engine = self._runtime = None
+        with device.current():
+            if self._cache is not None:
+                _keep(bytes(self._cache.serialize()), self._cache_path)
+            self._calls.clear()  # contexts go before their engine, the engine before its runtime
+            self._cache = self._engine = self._runtime = None
         device.close()
 
     @property
