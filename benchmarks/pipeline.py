@@ -4,8 +4,8 @@
 
 The first run of the process is told apart: it compiles, loads and captures.  Medians are of the others,
 which take the pictures in turn.  GPU memory is what `nvidia-smi` says that the process has, its libraries
-with it.  Exits with 1 if the same picture gives another mesh than before, which networks on a GPU only promise
-with --deterministic, or the process' memory grows by more than a tenth after the third run.
+with it.  Exits with 1 if the same picture gives another mesh than before (on a GPU --deterministic alone
+promises the same), or the process' memory grows by more than a tenth after the third run.
 """
 
 from __future__ import annotations
