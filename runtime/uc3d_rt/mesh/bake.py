@@ -110,59 +110,55 @@ class ProjectedViews:
         return color, weight
 
 
-@njit(cache=True, forceinline=True)  # type: ignore[untyped-decorator]
-def _mix(values, k, a, b, c, wa, wb, wc):  # type: ignore[no-untyped-def]
-    return wa * values[a, k] + wb * values[b, k] + wc * values[c, k]
-
-
 @njit(cache=True, parallel=True)  # type: ignore[untyped-decorator]
 def _blend_views(  # type: ignore[no-untyped-def]
     face, bary, corners, values, axes, color_and_edge, depth, depth_slack, enough, color, weight
 ):
     """`ProjectedViews.sample_faces`; values (V, 9) are positions, normals and filled-in colours."""
-    views, size = depth.shape[0], depth.shape[1]
-    half = 0.5 * size
+    size = depth.shape[1]
     for n in prange(face.shape[0]):
-        if face[n] >= 0:
-            a, b, c = corners[face[n], 0], corners[face[n], 1], corners[face[n], 2]
-            wa, wb, wc = np.float64(bary[n, 0]), np.float64(bary[n, 1]), np.float64(bary[n, 2])
-            x = _mix(values, 0, a, b, c, wa, wb, wc)
-            y = _mix(values, 1, a, b, c, wa, wb, wc)
-            z = _mix(values, 2, a, b, c, wa, wb, wc)
-            nx = _mix(values, 3, a, b, c, wa, wb, wc)
-            ny = _mix(values, 4, a, b, c, wa, wb, wc)
-            nz = _mix(values, 5, a, b, c, wa, wb, wc)
-            length = max(math.sqrt(nx * nx + ny * ny + nz * nz), 1e-8)
-            total = red = green = blue = 0.0
-            for view in range(views):
-                right, up, back = axes[view, 0], axes[view, 1], axes[view, 2]
-                facing = (nx * back[0] + ny * back[1] + nz * back[2]) / length
-                if facing <= MIN_FACING:
-                    continue
-                # As `view_points`: pixel centres lie at half-integers.
-                column = (x * right[0] + y * right[1] + z * right[2] + 1.0) * half
-                row = (1.0 - (x * up[0] + y * up[1] + z * up[2])) * half
-                behind = DISTANCE - (x * back[0] + y * back[1] + z * back[2])
-                i, j = min(max(int(column), 0), size - 1), min(max(int(row), 0), size - 1)
-                if behind > depth[view, j, i] + depth_slack / facing:
-                    continue
-                u, v = min(max(column - 0.5, 0.0), size - 1.0), min(max(row - 0.5, 0.0), size - 1.0)
-                i, j = min(int(u), size - 2), min(int(v), size - 2)
-                u, v = u - i, v - j
-                top, low = color_and_edge[view, j], color_and_edge[view, j + 1]
-                w00, w01, w10, w11 = (1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v
-                w = w00 * top[i, 3] + w01 * top[i + 1, 3] + w10 * low[i, 3] + w11 * low[i + 1, 3]
-                w *= facing**VIEW_POWER
-                total += w
-                red += w * (w00 * top[i, 0] + w01 * top[i + 1, 0] + w10 * low[i, 0] + w11 * low[i + 1, 0])
-                green += w * (w00 * top[i, 1] + w01 * top[i + 1, 1] + w10 * low[i, 1] + w11 * low[i + 1, 1])
-                blue += w * (w00 * top[i, 2] + w01 * top[i + 1, 2] + w10 * low[i, 2] + w11 * low[i + 1, 2])
-            shown = 1.0 / max(total, enough)
-            kept = max(1.0 - total / enough, 0.0)
-            color[n, 0] = shown * red + kept * _mix(values, 6, a, b, c, wa, wb, wc)
-            color[n, 1] = shown * green + kept * _mix(values, 7, a, b, c, wa, wb, wc)
-            color[n, 2] = shown * blue + kept * _mix(values, 8, a, b, c, wa, wb, wc)
-            weight[n] = total
+        if face[n] < 0:
+            continue
+        a, b, c = corners[face[n], 0], corners[face[n], 1], corners[face[n], 2]
+        wa, wb, wc = np.float64(bary[n, 0]), np.float64(bary[n, 1]), np.float64(bary[n, 2])
+        x = wa * values[a, 0] + wb * values[b, 0] + wc * values[c, 0]
+        y = wa * values[a, 1] + wb * values[b, 1] + wc * values[c, 1]
+        z = wa * values[a, 2] + wb * values[b, 2] + wc * values[c, 2]
+        nx = wa * values[a, 3] + wb * values[b, 3] + wc * values[c, 3]
+        ny = wa * values[a, 4] + wb * values[b, 4] + wc * values[c, 4]
+        nz = wa * values[a, 5] + wb * values[b, 5] + wc * values[c, 5]
+        length = max(math.sqrt(nx * nx + ny * ny + nz * nz), 1e-8)
+        total = red = green = blue = 0.0
+        for view in range(depth.shape[0]):
+            facing = (nx * axes[view, 2, 0] + ny * axes[view, 2, 1] + nz * axes[view, 2, 2]) / length
+            if facing <= MIN_FACING:
+                continue
+            # As `view_points`: pixel centres lie at half-integers.
+            right = x * axes[view, 0, 0] + y * axes[view, 0, 1] + z * axes[view, 0, 2]
+            up = x * axes[view, 1, 0] + y * axes[view, 1, 1] + z * axes[view, 1, 2]
+            back = x * axes[view, 2, 0] + y * axes[view, 2, 1] + z * axes[view, 2, 2]
+            column, row = 0.5 * size * (1.0 + right), 0.5 * size * (1.0 - up)
+            i, j = min(max(int(column), 0), size - 1), min(max(int(row), 0), size - 1)
+            if DISTANCE - back > depth[view, j, i] + depth_slack / facing:
+                continue
+            u, v = min(max(column - 0.5, 0.0), size - 1.0), min(max(row - 0.5, 0.0), size - 1.0)
+            i, j = min(int(u), size - 2), min(int(v), size - 2)
+            u, v = u - i, v - j
+            here, below = color_and_edge[view, j], color_and_edge[view, j + 1]
+            w00, w01, w10, w11 = (1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v
+            w = w00 * here[i, 3] + w01 * here[i + 1, 3] + w10 * below[i, 3] + w11 * below[i + 1, 3]
+            w *= facing**VIEW_POWER
+            total += w
+            w00, w01, w10, w11 = w * w00, w * w01, w * w10, w * w11
+            red += w00 * here[i, 0] + w01 * here[i + 1, 0] + w10 * below[i, 0] + w11 * below[i + 1, 0]
+            green += w00 * here[i, 1] + w01 * here[i + 1, 1] + w10 * below[i, 1] + w11 * below[i + 1, 1]
+            blue += w00 * here[i, 2] + w01 * here[i + 1, 2] + w10 * below[i, 2] + w11 * below[i + 1, 2]
+        unseen = max(1.0 - total / enough, 0.0)
+        wa, wb, wc = unseen * wa, unseen * wb, unseen * wc
+        for k, seen in enumerate((red, green, blue)):
+            hidden = wa * values[a, 6 + k] + wb * values[b, 6 + k] + wc * values[c, 6 + k]
+            color[n, k] = seen / max(total, enough) + hidden
+        weight[n] = total
 
 
 def vertex_colors(surface: Surface, normals: FloatArray, views: ProjectedViews) -> FloatArray:
@@ -213,37 +209,37 @@ def bake_texture(
     face, bary, _ = rasterize_pixels(points, atlas.faces, texture_px)
     color, _ = views.sample_faces(face.ravel(), bary.reshape(-1, 3), surface, normals, filled, CONFIDENT)
     texture = (np.clip(color, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8).reshape(*face.shape, 3)
-    if (face >= 0).any():
-        _fill_gaps(texture, face, _nearest_row(face >= 0))
+    _fill_gaps(texture, face)
     return texture
 
 
-def _nearest_row(inside: NDArray[np.bool_]) -> IntArray:
-    """The row (H, W) of the nearest texel in the same column that is inside; far off where there is none."""
-    rows, far = len(inside), 4 * len(inside)
-    row = np.arange(rows, dtype=np.int32)[:, None]
-    above = np.maximum.accumulate(np.where(inside, row, np.int32(-far)), axis=0)
-    below = np.minimum.accumulate(np.where(inside, row, np.int32(far))[::-1], axis=0)[::-1]
-    return np.where(row - above <= below - row, above, below)
-
-
-@njit(cache=True, parallel=True)  # type: ignore[untyped-decorator]
-def _fill_gaps(texture, face, nearest_row):  # type: ignore[no-untyped-def]
-    """Give texels (H, W, 3) whose `face` is negative the value of the nearest that is inside a chart."""
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _fill_gaps(texture, face):  # type: ignore[no-untyped-def]
+    """Give texels (H, W, 3) whose `face` (H, W) is negative the value of the nearest inside a chart."""
     rows, columns = face.shape
-    for slot in prange(rows):
-        row = np.int64(slot)  # prange counts unsigned: a difference would become a float
+    far = rows + columns
+    # Rows down (up where negative) to the nearest texel inside a chart in the same column.
+    down = np.zeros((rows, columns), np.int32)
+    for row in range(rows):
+        for column in range(columns):
+            if face[row, column] < 0:
+                down[row, column] = (down[row - 1, column] if row > 0 else -far) - 1
+    for row in range(rows - 2, -1, -1):
+        for column in range(columns):
+            if 0 <= down[row + 1, column] < -down[row, column] - 1:
+                down[row, column] = down[row + 1, column] + 1
+    for row in range(rows):
         for column in range(columns):
             if face[row, column] >= 0:
                 continue
-            best, j, i = 32 * rows * rows, row, column
-            step = 0
-            while step < columns and step * step < best:
-                for other in (column - step, column + step):
+            best, nearest_row, nearest_column = far * far, row, column
+            aside = 0
+            while aside < columns and aside * aside < best:
+                for other in (column - aside, column + aside):
                     if 0 <= other < columns:
-                        up = nearest_row[row, other] - row
-                        if up * up + step * step < best:
-                            best, j, i = up * up + step * step, nearest_row[row, other], other
-                step += 1
+                        square = down[row, other] ** 2 + aside * aside
+                        if square < best:
+                            best, nearest_row, nearest_column = square, row + down[row, other], other
+                aside += 1
             for channel in range(3):
-                texture[row, column, channel] = texture[j, i, channel]
+                texture[row, column, channel] = texture[nearest_row, nearest_column, channel]
