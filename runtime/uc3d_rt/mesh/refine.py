@@ -99,9 +99,7 @@ def face_targets(surface: Surface, normal: FloatArray) -> DoubleArray:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _slopes(
-    x: DoubleArray, faces: NDArray[np.int32], target: DoubleArray, out: DoubleArray
-) -> DoubleArray:
+def _slopes(x: DoubleArray, faces: NDArray[np.int32], target: DoubleArray, out: DoubleArray) -> DoubleArray:
     """Gradient (V, 3) of half the sum of `(target . edge)²` over faces and edges, at positions x (V, 3)."""
     out[:] = 0.0
     for f in range(faces.shape[0]):

@@ -153,6 +153,7 @@ def _packed(surface: Surface, axis: Labels, chart: Labels, texture_px: int) -> A
     packing = xatlas.PackOptions()
     packing.resolution = texture_px
     packing.padding = PADDING_TEXELS
+    packing.bilinear = False  # would add another texel, and half again to the time
     packing.create_image = False
     packing.rotate_charts_to_axis = False
     atlas.generate(pack_options=packing)
@@ -190,7 +191,7 @@ def _behind_others(surface: Surface, axis: Labels, chart: Labels, texture_px: in
 
 
 def _laid_out(size: Labels) -> tuple[Labels, int]:
-    """Where boxes of some sizes (N, 2) lie in rows, tall ones first (N, 2), and the side of a square around."""
+    """Places (N, 2) of boxes of some sizes (N, 2) in rows, tall ones first; the side of a square around."""
     order = np.argsort(-size[:, 1], kind="stable")
     width, height = size[order].T
     start = np.cumsum(width) - width
