@@ -29,11 +29,14 @@ LEAST_WEIGHT = 3e-4
 DEPTH_SLACK_PX = 2.0
 """How far, at 256 px, a point may lie behind the depth image and still be seen."""
 
+LEAST_SUM = 1e-8
+"""Of weights; where any view sees a point they are more."""
+
 CONFIDENT = 0.05
 """Sum of weights above which the views alone give the colour; below, it fades to the filled-in one."""
 
-
 DISTANCE = TARGET_CAMERAS[0].distance
+"""Of every camera from the origin; all are orthographic."""
 
 
 class ProjectedViews:
@@ -73,12 +76,12 @@ class ProjectedViews:
         Returns:
             `(colour (N, 3), weight (N,))`; colour is black where the weight is 0.
         """
-        count = np.arange(len(points), dtype=np.int32)
-        corners = np.repeat(count[:, None], 3, axis=1)
-        first = np.zeros((len(points), 3), np.float32)
+        # Each point as the first corner of a face of its own.
+        own = np.arange(len(points), dtype=np.int32)
+        first, black = np.zeros((2, len(points), 3), np.float32)
         first[:, 0] = 1.0
-        black = np.zeros((len(points), 3), np.float32)
-        return self.sample_faces(count, first, Surface(points, corners), normals, black, 1e-8)
+        alone = Surface(points, np.repeat(own[:, None], 3, axis=1))
+        return self.sample_faces(own, first, alone, normals, black, LEAST_SUM)
 
     def sample_faces(
         self,
@@ -89,7 +92,7 @@ class ProjectedViews:
         filled: FloatArray,
         enough: float,
     ) -> tuple[FloatArray, FloatArray]:
-        """Blend the views at places on faces.
+        """Blend the views at places on faces: what `sample` does, at interpolated positions and normals.
 
         Args:
             face: (N,) number of the face; nothing is looked up where it is negative.
