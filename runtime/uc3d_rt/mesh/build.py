@@ -159,13 +159,14 @@ def _textured(
     )
     # A vertex of the file is a point of one chart with one normal.
     group, group_normals = crease_normals(surface, options.crease_deg)
-    pairs = np.stack([atlas.faces.reshape(-1), group.reshape(-1)], axis=1)
-    split, faces = np.unique(pairs, axis=0, return_inverse=True)
+    pairs = atlas.faces.astype(np.int64) * len(group_normals) + group
+    split, faces = np.unique(pairs, return_inverse=True)
+    point, shading = np.divmod(split, len(group_normals))
     return trimesh.Trimesh(
-        surface.vertices[atlas.source[split[:, 0]]],
+        surface.vertices[atlas.source[point]],
         faces.reshape(-1, 3),
-        vertex_normals=group_normals[split[:, 1]],
-        visual=TextureVisuals(uv=atlas.uv[split[:, 0]], material=material),
+        vertex_normals=group_normals[shading],
+        visual=TextureVisuals(uv=atlas.uv[point], material=material),
         process=False,
         validate=False,
     )

@@ -50,19 +50,22 @@ def refine_surface(surface: Surface, normal: FloatArray) -> Surface:
         for axis in range(3):
             diagonal[:, axis] += 2.0 * np.bincount(faces[:, corner], target[:, axis] ** 2, len(start))
     moved = np.zeros_like(start)
-    residual = -_slopes(start, faces, target)
+    residual = -_slopes(start, faces, target, np.empty_like(start))
     direction = residual / diagonal
     size = float((residual * direction).sum())
-    for _ in range(STEPS):
+    image, scaled, product = np.empty_like(start), np.empty_like(start), np.empty_like(start)
+    for _ in range(STEPS):  # in place: fresh arrays of this size take as long as the sums
         if size < 1e-20:
             break
-        image = STAY * direction + _slopes(direction, faces, target)
-        step = size / float((direction * image).sum())
-        moved += step * direction
-        residual -= step * image
-        scaled = residual / diagonal
-        before, size = size, float((residual * scaled).sum())
-        direction = scaled + (size / before) * direction
+        _slopes(direction, faces, target, image)
+        image += np.multiply(direction, STAY, out=product)
+        step = size / float(np.multiply(direction, image, out=product).sum())
+        moved += np.multiply(direction, step, out=product)
+        residual -= np.multiply(image, step, out=product)
+        np.divide(residual, diagonal, out=scaled)
+        before, size = size, float(np.multiply(residual, scaled, out=product).sum())
+        direction *= size / before
+        direction += scaled
     return Surface((start + moved).astype(np.float32), faces)
 
 
@@ -96,9 +99,9 @@ def face_targets(surface: Surface, normal: FloatArray) -> DoubleArray:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _slopes(x: DoubleArray, faces: NDArray[np.int32], target: DoubleArray) -> DoubleArray:
+def _slopes(x: DoubleArray, faces: NDArray[np.int32], target: DoubleArray, out: DoubleArray) -> DoubleArray:
     """Gradient (V, 3) of half the sum of `(target . edge)²` over faces and edges, at positions x (V, 3)."""
-    out = np.zeros_like(x)
+    out[:] = 0.0
     for f in range(faces.shape[0]):
         a, b, c = faces[f, 0], faces[f, 1], faces[f, 2]
         nx, ny, nz = target[f, 0], target[f, 1], target[f, 2]

@@ -40,7 +40,9 @@ def simplify_surface(surface: Surface, faces: int) -> Surface:
             smaller = Surface(np.asarray(points, np.float32), np.asarray(triangles, np.int32))
             for _ in range(3):  # parting one edge can show the next
                 smaller = part_pinched_edges(smaller)
-            if not is_closed(smaller.faces):
+                if closed := is_closed(smaller.faces):
+                    break
+            if not closed:
                 continue
             smaller = largest_parts(smaller, 0.0)
             if abs(float(signed_volumes(smaller).sum()) / volume - 1.0) < MAX_VOLUME_CHANGE:
@@ -61,8 +63,8 @@ def part_pinched_edges(surface: Surface) -> Surface:
     pinched = _pinched_edges(surface.faces)
     if len(pinched) == 0:
         return surface
-    vertices = [np.asarray(v, np.float64) for v in surface.vertices]
-    faces = [tuple(int(i) for i in face) for face in surface.faces]
+    vertices = list(surface.vertices.astype(np.float64))
+    faces: list[Triangle] = [tuple(face) for face in surface.faces.tolist()]
     touching: defaultdict[int, set[int]] = defaultdict(set)  # faces at each vertex of a pinched edge
     near: list[int] = np.flatnonzero(np.isin(surface.faces, pinched).sum(axis=1) >= 2).tolist()
     for n in near:
@@ -127,8 +129,10 @@ def _flattest_pairs(
 def _pinched_edges(faces: NDArray[np.int32]) -> NDArray[np.int64]:
     """Vertex pairs (E, 2), smaller first, of the edges that two faces run along in one direction."""
     edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).astype(np.int64)
-    directed, count = np.unique(edges, axis=0, return_counts=True)
-    return np.unique(np.sort(directed[count > 1], axis=1), axis=0)
+    count = int(edges.max(initial=0)) + 1
+    key = np.sort(edges[:, 0] * count + edges[:, 1])
+    doubled = np.stack(np.divmod(key[1:][key[1:] == key[:-1]], count), axis=1)
+    return np.unique(np.sort(doubled, axis=1), axis=0)
 
 
 def _runs(face: Triangle, a: int, b: int) -> bool:

@@ -52,6 +52,9 @@ NEIGHBOUR_VOTE = 0.35
 SMALL_CHART = 16
 """Charts of fewer faces are given to those around them, where the faces do not turn away from their axis."""
 
+USED_SHARE = 0.7
+"""Of a texture, about, that charts fill."""
+
 LAYERS = 4
 FEW = 2e-3
 """A chart may come to lie over itself.  Faces behind others are laid elsewhere, at most `LAYERS` deep, until
@@ -69,13 +72,14 @@ def unwrap_surface(surface: Surface, texture_px: int) -> Atlas:
     normals = face_normals(surface)
     axis = _choose_axes(normals, adjacent)
     layer = np.zeros(len(axis), np.int64)
-    for turn in range(LAYERS):
-        atlas = _packed(surface, axis, _connected(axis * LAYERS + layer, pairs, adjacent), texture_px)
-        behind = _behind_others(surface, axis, atlas, texture_px)
+    chart = _connected(axis, pairs, adjacent)
+    for deeper in range(1, LAYERS):
+        behind = _behind_others(surface, axis, chart, texture_px)
         if behind.mean() < FEW:
             break
-        layer[behind] = turn + 1
-    return atlas
+        layer[behind] = deeper
+        chart = _connected(axis * LAYERS + layer, pairs, adjacent)
+    return _packed(surface, axis, chart, texture_px)
 
 
 def face_normals(surface: Surface) -> NDArray[np.float64]:
@@ -149,6 +153,7 @@ def _packed(surface: Surface, axis: Labels, chart: Labels, texture_px: int) -> A
     packing = xatlas.PackOptions()
     packing.resolution = texture_px
     packing.padding = PADDING_TEXELS
+    packing.bilinear = False  # would add another texel, and half again to the time
     packing.create_image = False
     packing.rotate_charts_to_axis = False
     atlas.generate(pack_options=packing)
@@ -160,16 +165,39 @@ def _packed(surface: Surface, axis: Labels, chart: Labels, texture_px: int) -> A
     )
 
 
-def _behind_others(surface: Surface, axis: Labels, atlas: Atlas, texture_px: int) -> NDArray[np.bool_]:
-    """Faces (F,) that share a texel with one further up their axis."""
-    at = np.repeat(np.arange(len(atlas.faces)), 3)
-    # Corners drawn apart: height is along the axis of a corner's own face.
-    corner = atlas.faces.reshape(-1)
-    height = (surface.vertices[atlas.source[corner]].astype(np.float64) * AXES[axis[at]]).sum(axis=1)
-    uv = atlas.uv[corner] * texture_px
-    faces = np.arange(len(at), dtype=np.int32).reshape(-1, 3)
-    top, low = (rasterize_pixels(np.column_stack([uv, -s * height]), faces, texture_px) for s in (1.0, -1.0))
-    apart = (top[0] >= 0) & (-top[2] - low[2] > 1.0 / texture_px)
-    found = np.zeros(len(atlas.faces), bool)
-    found[low[0][apart]] = True
+def _behind_others(surface: Surface, axis: Labels, chart: Labels, texture_px: int) -> NDArray[np.bool_]:
+    """Faces (F,) that share a texel with one of their chart that is further up their axis."""
+    frame = np.stack([RIGHT, UP, AXES], axis=1)[axis]
+    corners = surface.vertices[surface.faces].astype(np.float64) @ frame.transpose(0, 2, 1)
+    flat, height = corners[..., :2], corners[..., 2]  # (F, 3, 2), (F, 3)
+    (ax, ay), (bx, by) = (flat[:, 1] - flat[:, 0]).T, (flat[:, 2] - flat[:, 0]).T
+    area = 0.5 * float(np.abs(ax * by - ay * bx).sum())
+    flat = flat * (texture_px * np.sqrt(USED_SHARE / max(area, 1e-12)))
+    # Charts lie apart, so that only faces of one chart share texels.
+    charts = int(chart.max()) + 1
+    low, high = np.full((charts, 2), np.inf), np.full((charts, 2), -np.inf)
+    np.minimum.at(low, chart, flat.min(axis=1))
+    np.maximum.at(high, chart, flat.max(axis=1))
+    place, side_px = _laid_out(np.ceil(high - low).astype(np.int64) + 1)
+    at = flat + (place - low)[chart, None]
+    faces = np.arange(3 * len(chart), dtype=np.int32).reshape(-1, 3)
+    top, bottom = (
+        rasterize_pixels(np.dstack([at, -s * height]).reshape(-1, 3), faces, side_px) for s in (1.0, -1.0)
+    )
+    apart = (top[0] >= 0) & (-top[2] - bottom[2] > 1.0 / texture_px)
+    found = np.zeros(len(chart), bool)
+    found[bottom[0][apart]] = True
     return found
+
+
+def _laid_out(size: Labels) -> tuple[Labels, int]:
+    """Places (N, 2) of boxes of some sizes (N, 2) in rows, tall ones first; the side of a square around."""
+    order = np.argsort(-size[:, 1], kind="stable")
+    width, height = size[order].T
+    start = np.cumsum(width) - width
+    room = int(np.sqrt((width * height).sum()))
+    _, first, row = np.unique(start // room, return_index=True, return_inverse=True)
+    x, tall = start - start[first][row], height[first]
+    place = np.empty_like(size)
+    place[order] = np.stack([x, (np.cumsum(tall) - tall)[row]], axis=1)
+    return place, int(max((x + width).max(), tall.sum()))
