@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from uc3d_rt.errors import BackendError
 
 Scalar = np.int32 | np.uint32 | np.float32 | np.float64
 
@@ -23,6 +27,10 @@ class Buffer(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """As of an array."""
         ...
+
+
+Launch = tuple[str, int, Sequence[Buffer | Scalar | None]]
+"""Kernel, threads and arguments, as of `Device.launch`."""
 
 
 class Device(Protocol):
@@ -64,6 +72,48 @@ class Device(Protocol):
             BackendError: the device refused.
         """
         ...
+
+    def repeat(self, launches: Sequence[Launch], times: int) -> None:
+        """Run kernels one after the other, all of them that many times: less work than as many `launch`.
+
+        Raises:
+            BackendError: the device refused.
+        """
+        ...
+
+
+class Scope:
+    """A `Device` of which all memory that was taken through it is freed at the end of a `with`."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._taken: dict[int, Buffer] = {}
+        self.launch, self.repeat = device.launch, device.repeat
+        self.clear, self.upload, self.download = device.clear, device.upload, device.download
+
+    def __enter__(self) -> Self:
+        """Give itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free what is left; where an error is on its way, a device that fails to do so too is let be."""
+        left = list(self._taken.values())
+        with contextlib.suppress(*([] if kind is None else [BackendError])):
+            self.free(left)
+
+    def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> Buffer:
+        """See `Device`."""
+        buffer = self._device.empty(shape, dtype)
+        self._taken[id(buffer)] = buffer
+        return buffer
+
+    def free(self, buffers: Sequence[Buffer]) -> None:
+        """See `Device`."""
+        for buffer in buffers:
+            del self._taken[id(buffer)]
+        self._device.free(buffers)
 
 
 def uploaded(device: Device, array: NDArray[Any]) -> Buffer:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import uc3d_rt.neus
+from uc3d_rt.device import Launch
 
 SOURCES = Path(uc3d_rt.neus.__file__).parent / "cuda"
 
@@ -59,3 +60,8 @@ class HostDevice:
                 for a in arguments
             )
         )
+
+    def repeat(self, launches: Sequence[Launch], times: int) -> None:
+        for _ in range(times):
+            for kernel, threads, arguments in launches:
+                self.launch(kernel, threads, *arguments)

@@ -7,6 +7,8 @@
 #define DEVICE static inline
 #define KERNEL extern "C" void
 #define HOT
+#define SHARED static
+#define BARRIER()
 
 using std::max;
 using std::min;
