@@ -249,11 +249,26 @@ def test_carve(scope: Scope, views: Views, pixels: Pixels, hull: np.ndarray, ste
     assert moved > 0.1 or steps == 0
 
 
+def test_a_fit_of_other_threads_in_another_order_gives_the_same_bytes(device: Device, views: Views) -> None:
+    if not isinstance(device, HostDevice):
+        pytest.skip("the stand-in's order can be chosen")
+    options = FitOptions(resolution=64, iterations=(3, 3), rays_per_iteration=2000)
+    found = []
+    try:
+        for device.blocks in ((0,), (3, 0, 6, 2, 4, 1, 5)):
+            found.append(fit(*views[:2], options, device=device))
+    finally:
+        device.blocks = (0,)
+    assert found[0].sdf.tobytes() == found[1].sdf.tobytes()
+    assert found[0].color.tobytes() == found[1].color.tobytes()
+
+
 class Failing(HostDevice):
     """A device whose memory or kernels fail after some time."""
 
     def __init__(self, plain: HostDevice, memory: int = 10**6, launches: int = 10**6) -> None:
-        self.library, self.live, self.memory, self.launches = plain.library, 0, memory, launches
+        self.library, self.live, self.blocks = plain.library, 0, (0,)
+        self.memory, self.launches = memory, launches
 
     def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
         self.memory -= 1

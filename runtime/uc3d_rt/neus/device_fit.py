@@ -78,7 +78,7 @@ class DeviceState:
         """Twin of `redistance.restore_distance`: the distance to a field's surface, up to `MARGIN` nodes.
 
         Args:
-            source: the field, left as it is; None = `sdf` itself.
+            source: the field, `spare` or memory that is left as it is; None = `sdf` itself.
         """
         r, launch = np.int32(self.resolution), self.device.launch
         if source is None:
