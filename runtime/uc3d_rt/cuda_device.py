@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.device import Buffer, Scalar
+from uc3d_rt.device import Buffer, Launch, Scalar
 from uc3d_rt.errors import BackendError
 
 FATBIN = Path(__file__).parent / "neus" / "cuda" / "kernels.fatbin"
@@ -181,22 +181,35 @@ class CudaDevice:
 
     def launch(self, kernel: str, threads: int, *arguments: Buffer | Scalar | None) -> None:
         """See `Device`."""
+        self.repeat([(kernel, threads, arguments)], 1)
+
+    def repeat(self, launches: Sequence[Launch], times: int) -> None:
+        """See `Device`."""
+        packed = [self._packed(*launch) for launch in launches]
+        with self.current():
+            for _ in range(times):
+                for function, blocks, pointers, _values in packed:
+                    size = (blocks, 1, 1, BLOCK, 1, 1)
+                    _call(self._driver, "cuLaunchKernel", function, *size, 0, self._stream, pointers, 0)
+
+    def _packed(
+        self, kernel: str, threads: int, arguments: Sequence[Buffer | Scalar | None]
+    ) -> tuple[Any, int, int, tuple[NDArray[np.uint64], ...]]:
+        """A kernel, its blocks, the address of its arguments' addresses, and what must live until then."""
         if self._module is None:
             (self._module,) = self._call("cuModuleLoadData", FATBIN.read_bytes())
         if kernel not in self._kernels:
             (self._kernels[kernel],) = self._call("cuModuleGetFunction", self._module, kernel.encode())
-        values = [
-            np.array(a.address if isinstance(a, CudaBuffer) else 0, np.uint64)
-            if a is None or isinstance(a, CudaBuffer)
-            else np.array(a)
-            for a in arguments
+        words = [  # of eight bytes each, the value in the first of them
+            argument.tobytes()
+            if isinstance(argument, np.generic)
+            else (argument.address if isinstance(argument, CudaBuffer) else 0).to_bytes(8, "little")
+            for argument in arguments
         ]
-        pointers = np.array([value.ctypes.data for value in values], np.uint64)
+        values = np.frombuffer(b"".join(word.ljust(8, b"\0") for word in words), np.uint64)
+        pointers = np.arange(len(words), dtype=np.uint64) * np.uint64(8) + np.uint64(values.ctypes.data)
         blocks = min(max(-(-threads // BLOCK), 1), MAX_BLOCKS)
-        self._call(
-            "cuLaunchKernel", self._kernels[kernel], blocks, 1, 1, BLOCK, 1, 1, 0, self._stream,
-            pointers.ctypes.data, 0,
-        )  # fmt: skip
+        return self._kernels[kernel], blocks, int(pointers.ctypes.data), (values, pointers)
 
     @property
     def stream(self) -> int:

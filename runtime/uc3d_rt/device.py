@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from uc3d_rt.errors import BackendError
 
 Scalar = np.int32 | np.uint32 | np.float32 | np.float64
 
@@ -24,6 +27,10 @@ class Buffer(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """As of an array."""
         ...
+
+
+Launch = tuple[str, int, Sequence[Buffer | Scalar | None]]
+"""Kernel, threads and arguments, as of `Device.launch`."""
 
 
 class Device(Protocol):
@@ -66,14 +73,23 @@ class Device(Protocol):
         """
         ...
 
+    def repeat(self, launches: Sequence[Launch], times: int) -> None:
+        """Run kernels one after the other, all of them that many times: less work than as many `launch`.
 
-class Scope(Device):
-    """A device whose memory is given back at the end of a `with` block, whatever ended it."""
+        Raises:
+            BackendError: the device refused.
+        """
+        ...
+
+
+class Scope:
+    """A `Device` of which all memory that was taken through it is freed at the end of a `with`."""
 
     def __init__(self, device: Device) -> None:
-        """Take memory from a device that outlives the scope."""
         self._device = device
         self._taken: dict[int, Buffer] = {}
+        self.launch, self.repeat = device.launch, device.repeat
+        self.clear, self.upload, self.download = device.clear, device.upload, device.download
 
     def __enter__(self) -> Self:
         """Give itself."""
@@ -82,10 +98,10 @@ class Scope(Device):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give back what was taken and not freed."""
-        left, self._taken = list(self._taken.values()), {}
-        if left:
-            self._device.free(left)
+        """Free what is left; where an error is on its way, a device that fails to do so too is let be."""
+        left = list(self._taken.values())
+        with contextlib.suppress(*([] if kind is None else [BackendError])):
+            self.free(left)
 
     def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> Buffer:
         """See `Device`."""
@@ -93,27 +109,11 @@ class Scope(Device):
         self._taken[id(buffer)] = buffer
         return buffer
 
-    def clear(self, buffer: Buffer) -> None:
-        """See `Device`."""
-        self._device.clear(buffer)
-
-    def upload(self, array: NDArray[Any], buffer: Buffer) -> None:
-        """See `Device`."""
-        self._device.upload(array, buffer)
-
-    def download(self, buffer: Buffer) -> NDArray[Any]:
-        """See `Device`."""
-        return self._device.download(buffer)
-
     def free(self, buffers: Sequence[Buffer]) -> None:
         """See `Device`."""
         for buffer in buffers:
             del self._taken[id(buffer)]
         self._device.free(buffers)
-
-    def launch(self, kernel: str, threads: int, *arguments: Buffer | Scalar | None) -> None:
-        """See `Device`."""
-        self._device.launch(kernel, threads, *arguments)
 
 
 def uploaded(device: Device, array: NDArray[Any]) -> Buffer:

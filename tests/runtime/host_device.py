@@ -1,4 +1,4 @@
-"""The kernels of `uc3d_rt/neus/cuda` compiled as plain C++: they run where no GPU is, one thread each."""
+"""The kernels of `uc3d_rt/neus/cuda` compiled as plain C++: they run where no GPU is, a thread at a time."""
 
 import ctypes
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import uc3d_rt.neus
+from uc3d_rt.device import Launch
 
 SOURCES = Path(uc3d_rt.neus.__file__).parent / "cuda"
 
@@ -28,6 +29,7 @@ class HostDevice:
         )  # fmt: skip
         self.library = ctypes.CDLL(str(library))
         self.live = 0
+        self.blocks = (0,)  # in which order; each is one thread
 
     def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
         self.live += 1
@@ -51,11 +53,17 @@ class HostDevice:
 
     def launch(self, kernel: str, threads: int, *arguments: np.ndarray | np.generic | None) -> None:
         kinds = {"i4": ctypes.c_int, "u4": ctypes.c_uint, "f4": ctypes.c_float, "f8": ctypes.c_double}
-        getattr(self.library, kernel)(
-            *(
-                ctypes.c_void_p(a if a is None else a.ctypes.data)
-                if a is None or isinstance(a, np.ndarray)
-                else kinds[a.dtype.str[1:]](a.item())
-                for a in arguments
-            )
-        )
+        values = [
+            ctypes.c_void_p(a if a is None else a.ctypes.data)
+            if a is None or isinstance(a, np.ndarray)
+            else kinds[a.dtype.str[1:]](a.item())
+            for a in arguments
+        ]
+        for block in self.blocks:
+            self.library.choose_block(block, len(self.blocks))
+            getattr(self.library, kernel)(*values)
+
+    def repeat(self, launches: Sequence[Launch], times: int) -> None:
+        for _ in range(times):
+            for kernel, threads, arguments in launches:
+                self.launch(kernel, threads, *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ class Driver(ModuleType):
         self.fails: dict[str, int] = {}
         self.gpus = 1
         self.memory: dict[int, int] = {}
+        self.words: list[list[int]] = []  # the first three arguments of each kernel, as eight bytes
 
     def __getattr__(self, name: str) -> Callable[..., tuple[object, ...]]:
         if not name.startswith("cu"):
@@ -41,6 +43,9 @@ class Driver(ModuleType):
             if name == "cuMemAlloc":
                 self.memory[4096 * (len(self.calls) + 1)] = int(arguments[0])  # type: ignore[call-overload]
                 return 0, 4096 * (len(self.calls) + 1)
+            if name == "cuLaunchKernel":
+                pointers = (ctypes.c_uint64 * 3).from_address(int(arguments[9]))  # type: ignore[call-overload]
+                self.words.append([ctypes.c_uint64.from_address(at).value for at in pointers])
             if name == "cuMemFree":
                 del self.memory[int(arguments[0])]  # type: ignore[call-overload]
             return 0, object()
@@ -98,6 +103,17 @@ def test_a_thread_keeps_the_context_it_had(driver: Driver) -> None:
     assert depth == 0
 
 
+def test_kernels_get_their_arguments(driver: Driver) -> None:
+    with CudaDevice() as device:
+        a = device.empty((3, 5), np.float32)
+        first = ("bend", 1000, (a, None, np.int32(-7)))
+        second = ("relax", 1, (np.float32(1.5), np.float64(2.5), a))
+        device.repeat([first, second], 2)
+    floats = [int(np.array(x).view(kind)) for x, kind in ((np.float32(1.5), "u4"), (np.float64(2.5), "u8"))]
+    expected = [[a.address, 0, 2**32 - 7], [*floats, a.address]]
+    assert driver.words == expected * 2 and driver.names().count("cuModuleGetFunction") == 2
+
+
 @pytest.mark.parametrize(
     "name, status, mend",
     [
@@ -110,7 +126,7 @@ def test_errors_of_the_driver_say_the_mend(driver: Driver, name: str, status: in
     driver.fails[name] = status
     with pytest.raises(BackendError, match=f"{name} failed.*{mend}"), CudaDevice() as device:
         device.empty((4,), np.float32)
-        device.launch("bend", 1)
+        device.launch("bend", 1, None, None, None)
     assert driver.names().count("cuDevicePrimaryCtxRetain") == driver.names().count(
         "cuDevicePrimaryCtxRelease"
     )

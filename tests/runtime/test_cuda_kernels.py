@@ -1,14 +1,13 @@
 """The CUDA kernels against their CPU twins, compiled as plain C++ or, with `make test-gpu`, on a GPU."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.runtime import analytic
-from tests.runtime.host_device import HostDevice, compiler
-from uc3d_rt.device import Device, Scope, cleared, uploaded
+from tests.runtime.host_device import HostDevice
+from uc3d_rt.device import Device, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.extract import extract_surface
 from uc3d_rt.neus.adam import adam_step
@@ -22,25 +21,6 @@ from uc3d_rt.neus.regularize import regularize
 
 R = 24
 ONE = 2.0**32
-
-
-@pytest.fixture(scope="module", params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
-def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
-    if request.param == "cuda":
-        from uc3d_rt.cuda_device import CudaDevice
-
-        with CudaDevice() as found:
-            yield found
-    elif compiler() is None:
-        pytest.skip("no C++ compiler")
-    else:
-        yield HostDevice(tmp_path_factory.mktemp("kernels") / "kernels.so")
-
-
-@pytest.fixture
-def device(machine: Device) -> Iterator[Device]:
-    with Scope(machine) as scope:
-        yield scope
 
 
 @pytest.fixture

@@ -41,6 +41,9 @@ LARGEST_MOVE = 2.0
 SOLVER_STEPS = 60
 """Of conjugate gradients."""
 
+SOLVER_TOLERANCE = 1e-3
+"""2-norm of the residual against the first one's that ends them sooner."""
+
 
 def carve(hull: FloatArray, pixels: Pixels, size_px: int, steps: int) -> FloatArray:
     """The hull's field moved so that its gradient follows the normals that the views show.
@@ -241,5 +244,7 @@ def _solve(
         at = coo_matrix((part.reshape(-1), (row, column)), shape=(len(index), count)).tocsr()
         matrix = matrix + pull * (at.T @ at)
         right += pull * (at.T @ (-COVER_DEPTH - (part * f[index]).sum(axis=1)))
-    moved, _ = cg(matrix, right, rtol=1e-3, maxiter=SOLVER_STEPS, M=diags(1.0 / matrix.diagonal()))
+    moved, _ = cg(
+        matrix, right, rtol=SOLVER_TOLERANCE, maxiter=SOLVER_STEPS, M=diags(1.0 / matrix.diagonal())
+    )
     return np.asarray(moved)

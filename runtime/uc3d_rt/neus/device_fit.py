@@ -1,7 +1,8 @@
-"""The iterations of the fit on a device: the loop of `fit.py` with the kernels of `cuda/`.
+"""The fit on a device: the hull, its carving (`device_carve.py`) and the loop of `fit.py`, with `cuda/`.
 
-Between the views that go in and the field that comes out nothing leaves the device, and the host waits
-for nothing.  Sums over rays are taken in fixed point, so the same input gives the same bytes.
+The host chooses the pixels and takes the distances to the outlines; all else is computed on the device.
+Once the hull's tolerance is known nothing leaves it until the field is there.  Sums over rays are taken in
+fixed point, so the same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.device import Buffer, Device, cleared, uploaded
+from uc3d_rt.device import Buffer, Device, Scope, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.neus.adam import BETA_1, BETA_2
+from uc3d_rt.neus.device_carve import carve, initial_colors
 from uc3d_rt.neus.hull import pair_distances, tolerant
 from uc3d_rt.neus.redistance import MARGIN
 from uc3d_rt.views import TARGET_CAMERAS, camera_axes
@@ -72,14 +74,21 @@ class DeviceState:
             ]
         )  # fmt: skip
 
-    def restore_distance(self) -> None:
-        """Twin of `redistance.restore_distance`: a distance up to `MARGIN` nodes from the surface."""
+    def restore_distance(self, source: Buffer | None = None) -> None:
+        """Twin of `redistance.restore_distance`: the distance to a field's surface, up to `MARGIN` nodes.
+
+        Args:
+            source: the field, `spare` or memory that is left as it is; None = `sdf` itself.
+        """
         r, launch = np.int32(self.resolution), self.device.launch
-        launch("freeze", self.count, self.sdf, r, np.float32(MARGIN), self.spare, self.frozen)
-        for _ in range(RELAXATIONS):
+        if source is None:
             self.sdf, self.spare = self.spare, self.sdf
-            launch("relax", self.count, self.sdf, self.frozen, r, self.spare)
-        self.sdf, self.spare = self.spare, self.sdf
+            source = self.spare
+        launch("freeze", self.count, source, r, np.float32(MARGIN), self.sdf, self.frozen)
+        there, back = ((self.sdf, self.spare), (self.spare, self.sdf))
+        self.device.repeat(
+            [("relax", self.count, (a, self.frozen, r, b)) for a, b in (there, back)], RELAXATIONS // 2
+        )
 
     def keep_in_hull(self, slack: float) -> None:
         """Twin of `np.maximum(sdf, start - slack)`."""
@@ -147,6 +156,7 @@ class DevicePixels:
         self.count = len(pixels.mask)
         self.rays = [uploaded(device, array) for array in (pixels.origin, pixels.direction)]
         self.targets = [uploaded(device, array) for array in (pixels.color, pixels.normal, pixels.mask)]
+        _, self.normal, self.mask = self.targets
 
 
 def ray_key(seed: int, stage: int, iteration: int) -> np.uint32:
@@ -265,10 +275,10 @@ def fit_stages(
     options: FitOptions,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[FloatArray, FloatArray]:
-    """All of the fit on a device, but for the carving of the coarsest grid; twin of what `fit.fit` does.
+    """All of the fit on a device; twin of what `fit.fit` does.
 
     Args:
-        device: where; memory taken of it is left to be freed by a `Scope`.
+        device: where.
         color: (6, H, H, 3) of the views.
         masks: (6, H, H) silhouettes.
         pixels: of all views.
@@ -282,24 +292,35 @@ def fit_stages(
         BackendError: the device failed, for example for want of memory.
         FitError: the options ask for what the kernels do not do, or the views show no object.
     """
-    from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME, carved
-
     if min(options.keep_rgb, options.keep_normal, options.keep_mask) < 1.0:
         raise FitError("keep_rgb, keep_normal and keep_mask below 1 work on the CPU only; use --device cpu")
+    with Scope(device) as scope:
+        return _fit_stages(scope, color, masks, pixels, options, on_progress)
+
+
+def _fit_stages(
+    device: Device,
+    color: FloatArray,
+    masks: NDArray[np.bool_],
+    pixels: Pixels,
+    options: FitOptions,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[FloatArray, FloatArray]:
+    from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME
+
     size_px = masks.shape[-1]
     hull = DeviceHull(device, masks, options.resolution)
+    if hull.empty:
+        raise FitError(NO_VOLUME)
     on_device = DevicePixels(device, pixels)
     total, done = sum(count for _, count in options.stages), 0
     state: DeviceState | None = None
     for stage, (resolution, count) in enumerate(options.stages):
         start = hull.at(resolution)
         if state is None:
-            if hull.empty:
-                raise FitError(NO_VOLUME)
             state = DeviceState(device, start, options.inv_s_start)
-            arrays = carved(device.download(start), pixels, color, masks, options)
-            for array, buffer in zip(arrays, (state.start, state.sdf, state.color), strict=True):
-                device.upload(array, buffer)
+            carve(state, on_device, size_px, options.carve_steps)
+            initial_colors(state, color, masks)
         else:
             state = refined(device, state, start, options.inv_s_start)
         state.restore_distance()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.device import Device, Scope
+from uc3d_rt.device import Device
 from uc3d_rt.errors import FitError
 from uc3d_rt.neus.field import Field, near_nodes, node_coordinates, resample
 from uc3d_rt.neus.hull import hull_sdf
@@ -136,8 +136,7 @@ def fit(
     if device is not None:
         from uc3d_rt.neus.device_fit import fit_stages
 
-        with Scope(device) as scope:
-            return _in_world(*fit_stages(scope, color, masks, pixels, options, on_progress))
+        return _in_world(*fit_stages(device, color, masks, pixels, options, on_progress))
     hull = hull_sdf(masks, options.resolution)
     if not (hull < 0).any():
         raise FitError(NO_VOLUME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -68,7 +69,8 @@ def hull_sdf(masks: NDArray[np.bool_], resolution: int) -> FloatArray:
 
 def pair_distances(masks: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:
     """Distances (3, H, H) to the outlines of opposite views, merged: their mean, and their union's."""
-    distances = [silhouette_distance(mask) for mask in masks]
+    with ThreadPoolExecutor() as pool:  # SciPy lets other threads run
+        distances = list(pool.map(silhouette_distance, masks))
     pairs = [(distances[v], distances[v + OPPOSITE][:, ::-1]) for v in range(OPPOSITE)]
     return np.stack([0.5 * (a + b) for a, b in pairs]), np.stack([np.minimum(a, b) for a, b in pairs])
 

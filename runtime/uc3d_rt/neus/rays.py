@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,27 +55,35 @@ def select_pixels(color: FloatArray, normal: FloatArray, masks: NDArray[np.bool_
         masks: (6, H, H) silhouettes.
         seed: of the shuffle; makes every strided subset of the pixels a fair sample.
     """
-    from scipy.ndimage import binary_dilation, distance_transform_edt
-
     size = masks.shape[-1]
-    margin = MARGIN_PX * size / 256.0
-    u, v = pixel_grid(size)
-    parts: list[tuple[FloatArray, ...]] = []
-    for view, camera in enumerate(TARGET_CAMERAS):
-        if masks[view].any():
-            near = distance_transform_edt(~masks[view]) <= margin
-        else:
-            near = binary_dilation(masks[view])
+    u, v = (plane.reshape(-1) for plane in pixel_grid(size))
+    with ThreadPoolExecutor() as pool:  # SciPy lets other threads run
+        near = list(pool.map(lambda mask: np.flatnonzero(_near(mask, MARGIN_PX * size / 256.0)), masks))
+    origins, directions = [], []
+    for at, camera in zip(near, TARGET_CAMERAS, strict=True):
         right, up, back = camera_axes(camera)
-        count = int(near.sum())
-        origin = u[near][:, None] * right + v[near][:, None] * up
-        direction = np.broadcast_to(-back[[0, 2]], (count, 2))
-        parts.append((origin, direction, color[view][near], normal[view][near], masks[view][near]))
-    joined = [np.concatenate(column).astype(np.float32) for column in zip(*parts, strict=True)]
-    order = np.random.default_rng(seed).permutation(len(joined[0]))
+        origins.append(u[at][:, None] * right + v[at][:, None] * up)
+        directions.append(np.broadcast_to(-back[[0, 2]], (len(at), 2)))
+    origin, direction = np.concatenate(origins), np.concatenate(directions)
+    order = np.random.default_rng(seed).permutation(len(origin))
     # Stable: pixels of one row stay shuffled among themselves, rows come bottom-up.
-    order = order[np.argsort(joined[0][order, 1], kind="stable")]
-    return Pixels(*(np.ascontiguousarray(column[order]) for column in joined))
+    above = np.concatenate([size - 1 - at // size for at in near]).astype(np.int16)  # sorted fastest
+    order = order[np.argsort(above[order], kind="stable")]
+    shown = np.concatenate([view * size * size + at for view, at in enumerate(near)])[order]
+    return Pixels(
+        origin=origin.take(order, axis=0),
+        direction=direction.take(order, axis=0),
+        color=color.reshape(-1, 3).take(shown, axis=0).astype(np.float32, copy=False),
+        normal=normal.reshape(-1, 3).take(shown, axis=0).astype(np.float32, copy=False),
+        mask=masks.reshape(-1).take(shown).astype(np.float32),
+    )
+
+
+def _near(mask: NDArray[np.bool_], margin_px: float) -> NDArray[np.bool_]:
+    """Where (H, W) a silhouette (H, W) is at most so far away."""
+    from scipy.ndimage import distance_transform_edt
+
+    return np.asarray(distance_transform_edt(~mask) <= margin_px) if mask.any() else mask
 
 
 def trace_rays(

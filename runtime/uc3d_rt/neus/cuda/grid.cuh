@@ -7,6 +7,8 @@
 #define DEVICE static __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
 #define HOT __restrict__
+#define SHARED __shared__
+#define BARRIER() __syncthreads()
 #else  // the same code as plain C++, one thread after the other: for tests on machines without a GPU
 #include "host.h"
 #endif
@@ -17,6 +19,10 @@ typedef long long Fixed;
 
 DEVICE void add_fixed(Fixed* to, float value) {
     atomicAdd((unsigned long long*)to, (unsigned long long)(Fixed)(value * FIXED_ONE));
+}
+
+DEVICE void add_fixed(Fixed* to, double value) {
+    atomicAdd((unsigned long long*)to, (unsigned long long)(Fixed)(value * (double)FIXED_ONE));
 }
 
 DEVICE float from_fixed(Fixed value) { return (float)((double)value / (double)FIXED_ONE); }
@@ -40,4 +46,12 @@ struct Progress {
     int nodes;                       // near the surface
     int pad;
     Fixed d_inv_s;
+};
+
+// Conjugate gradients, between their kernels.
+struct Solver {
+    double rho, alpha, beta;  // rho = residual . preconditioned residual
+    double enough;            // squared 2-norm of a residual that ends the search
+    int done;
+    int uncovered;  // points that pull the surface over them
 };

@@ -3,3 +3,6 @@
 #include "optimize.cu"
 #include "redistance.cu"
 #include "hull.cu"
+#include "carve.cu"
+#include "solve.cu"
+#include "colors.cu"

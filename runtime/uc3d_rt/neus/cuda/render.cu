@@ -1,24 +1,13 @@
-// NeuS rendering, its gradient, and the losses of a ray: twins of ../render.py, ../rays.py, ../losses.py.
+// NeuS rendering, its gradient, and the losses of a ray: twins of ../render.py, ../losses.py.
 //
 // A ray is one thread.  Nothing is stored along it: the gradient goes front to back a second time, and
 // takes what lies behind a segment as the whole sum, which the first pass knows, less what came before.
-#include "grid.cuh"
+#include "rays.cuh"
 
 #define MAX_SAMPLES 256
 
-struct Ray {
-    int j;     // it runs between the node layers j and j + 1
-    float wy;  // weight of layer j + 1
-    float x0, z0, dx, dz, length, offset;
-};
-
 struct March {
     float inv_s, step, band, cutoff;
-};
-
-struct Cell {
-    int low;  // flat index of its first corner
-    float wx, wz;
 };
 
 struct Sample {
@@ -30,53 +19,6 @@ struct Sample {
 struct Marcher {
     int k, count, before, n;
 };
-
-// Six views of elevation 0 and orthographic: a pixel's ray is horizontal.  False: it misses the grid.
-DEVICE bool trace_ray(const float* origin, const float* direction, int r, float offset, Ray& ray) {
-    const float half = 0.5f * r, last = r - 1.0f;
-    const float height = (origin[1] + 1.0f) * half - 0.5f;
-    if (!(height >= 0.0f && height < last)) return false;
-    const float at[2] = {(origin[0] + 1.0f) * half - 0.5f, (origin[2] + 1.0f) * half - 0.5f};
-    float enter = -INFINITY, leave = INFINITY;
-    for (int axis = 0; axis < 2; ++axis) {
-        const float d = direction[axis];
-        if (fabsf(d) < 1e-6f) {
-            if (!(at[axis] >= 0.0f && at[axis] <= last)) return false;
-            continue;
-        }
-        const float a = -at[axis] / d, b = (last - at[axis]) / d;
-        enter = fmaxf(enter, fminf(a, b));
-        leave = fminf(leave, fmaxf(a, b));
-    }
-    if (!(leave > enter)) return false;
-    ray.j = (int)floorf(height);
-    ray.wy = height - ray.j;
-    ray.dx = direction[0];
-    ray.dz = direction[1];
-    ray.x0 = at[0] + enter * ray.dx;
-    ray.z0 = at[1] + enter * ray.dz;
-    ray.length = leave - enter;
-    ray.offset = offset;
-    return true;
-}
-
-DEVICE Cell cell_at(const Ray& ray, int r, float t) {
-    const float x = ray.x0 + t * ray.dx, z = ray.z0 + t * ray.dz;
-    const int i = clampi((int)x, 0, r - 2), h = clampi((int)z, 0, r - 2);
-    Cell cell;
-    cell.low = (ray.j * r + h) * r + i;
-    cell.wx = x - i;
-    cell.wz = z - h;
-    return cell;
-}
-
-DEVICE float distance_at(const float* HOT sdf, const Ray& ray, int r, const Cell& c) {
-    const float* a = sdf + c.low;
-    const float* b = a + r * r;
-    const float low = (a[0] * (1 - c.wx) + a[1] * c.wx) * (1 - c.wz) + (a[r] * (1 - c.wx) + a[r + 1] * c.wx) * c.wz;
-    const float high = (b[0] * (1 - c.wx) + b[1] * c.wx) * (1 - c.wz) + (b[r] * (1 - c.wx) + b[r + 1] * c.wx) * c.wz;
-    return low * (1 - ray.wy) + high * ray.wy;
-}
 
 DEVICE Marcher marcher_of(const Ray& ray, float step) {
     Marcher m;
@@ -104,21 +46,6 @@ DEVICE bool next_sample(const float* HOT sdf, int r, const Ray& ray, const March
         return true;
     }
     return false;
-}
-
-// Trilinear weight of a corner (bits y, z, x), and its three slopes.
-DEVICE float corner_weight(const Ray& ray, const Cell& c, int corner, float slope[3]) {
-    const float by = corner & 4 ? ray.wy : 1 - ray.wy;
-    const float bz = corner & 2 ? c.wz : 1 - c.wz;
-    const float bx = corner & 1 ? c.wx : 1 - c.wx;
-    slope[0] = by * bz * (corner & 1 ? 1.0f : -1.0f);
-    slope[1] = bz * bx * (corner & 4 ? 1.0f : -1.0f);
-    slope[2] = by * bx * (corner & 2 ? 1.0f : -1.0f);
-    return by * bz * bx;
-}
-
-DEVICE int corner_node(const Cell& c, int r, int corner) {
-    return c.low + (corner & 4 ? r * r : 0) + (corner & 2 ? r : 0) + (corner & 1);
 }
 
 // Opacity of the segment from a to b (NeuS Eq. 13), -1 where a skip lies between.
