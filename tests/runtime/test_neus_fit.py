@@ -148,6 +148,30 @@ def test_carve_flattens_the_walls_of_a_box() -> None:
     np.testing.assert_allclose(walls[1], 0.5, atol=0.04)
 
 
+def test_select_pixels_takes_a_margin_too_and_sorts_by_height() -> None:
+    from scipy.ndimage import distance_transform_edt
+
+    size = 64
+    color, normal = analytic.six_views(analytic.asymmetric(), size)
+    color += np.random.default_rng(1).random(
+        color.shape, dtype=np.float32
+    )  # so that pixels can be told apart
+    masks = (normal != 0).any(-1)
+    masks[2] = False  # a view that shows nothing
+    pixels, other = (select_pixels(color, normal, masks, seed) for seed in (0, 1))
+    near = [distance_transform_edt(~mask) <= 2.5 if mask.any() else mask for mask in masks]
+    views, rows, columns = np.nonzero(near)
+    expected = {tuple(c): (v, r, k) for c, v, r, k in zip(color[near], views, rows, columns, strict=True)}
+    found = np.array([expected.pop(tuple(c)) for c in pixels.color])
+    assert not expected and not np.array_equal(pixels.color, other.color)
+    assert (np.diff(pixels.origin[:, 1]) >= 0).all()
+    v, r, k = found.T
+    np.testing.assert_array_equal(pixels.normal, normal[v, r, k])
+    np.testing.assert_array_equal(pixels.mask, masks[v, r, k])
+    np.testing.assert_allclose(pixels.origin[:, 1], 1 - (r + 0.5) * 2 / size, atol=1e-6)
+    assert all(array.flags.c_contiguous and array.dtype == np.float32 for array in vars(pixels).values())
+
+
 def test_restore_distance_of_a_scaled_sphere() -> None:
     axis = np.arange(32, dtype=np.float32) - 15.5
     y, z, x = np.meshgrid(axis, axis, axis, indexing="ij")

@@ -119,7 +119,7 @@ def fit(
         normal: (6, H, H, 3) unit world normals, zero = background.
         options: settings; None = `FitOptions()`.
         on_progress: called with (iterations done, iterations in all).
-        device: where the iterations run; None = on the CPU.
+        device: where it runs, but for the choice of pixels and the like; None = on the CPU.
 
     Returns:
         The field, in world units.
