@@ -144,7 +144,8 @@ def open_session(
     provider = check_provider(device)
     place, given = Place.named(device), dict(provider_options or {})
     if place.kind == "cuda":
-        given["device_id"] = str(place.ordinal)
+        if place.ordinal:  # naming the first one too makes ONNX Runtime 1.31 warn
+            given["device_id"] = str(place.ordinal)
         onnxruntime.preload_dlls()  # finds the CUDA libraries that pip installed
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
