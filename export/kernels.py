@@ -1,4 +1,4 @@
-"""The CUDA kernels of the fit as one fatbin, so that no user needs a compiler."""
+"""The CUDA kernels as one fatbin, so that no user needs a compiler."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A CUDA device: the one module that calls the driver, through NVIDIA's `cuda-bindings`.
 
 `cuda-bindings` comes as wheels, where PyCUDA is compiled on the user's machine.  The kernels were compiled
-beforehand (`python -m export build-kernels`) and stand beside their sources in `neus/cuda` as one fatbin.
+beforehand (`python -m export build-kernels`) and stand beside their sources in `cuda/` as one fatbin.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from uc3d_rt.device import Buffer, Launch, Scalar
 from uc3d_rt.errors import BackendError
 
-FATBIN = Path(__file__).parent / "neus" / "cuda" / "kernels.fatbin"
+FATBIN = Path(__file__).parent / "cuda" / "kernels.fatbin"
 BLOCK = 128
 MENDS = {  # by the driver's status
     2: "free memory of the GPU, use a smaller --resolution, or add --fit-device cpu",

@@ -1,4 +1,4 @@
-"""Where the kernels of `neus/cuda/` run: memory and launches, as the fit sees them."""
+"""Where the kernels of `cuda/` run: memory and launches, as the fit sees them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Device(Protocol):
         """Run a kernel with at least that many threads, or as many as make sense.
 
         Args:
-            kernel: its name in `neus/cuda/`.
+            kernel: its name in `cuda/`.
             threads: of which each takes one element, or several.
             arguments: of exactly the kernel's types; None is a null pointer.
 

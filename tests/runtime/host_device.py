@@ -1,4 +1,4 @@
-"""The kernels of `uc3d_rt/neus/cuda` compiled as plain C++: they run where no GPU is, a thread at a time."""
+"""The kernels of `uc3d_rt/cuda` compiled as plain C++: they run where no GPU is, a thread at a time."""
 
 import ctypes
 import shutil
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-import uc3d_rt.neus
+import uc3d_rt
 from uc3d_rt.device import Launch
 
-SOURCES = Path(uc3d_rt.neus.__file__).parent / "cuda"
+SOURCES = Path(uc3d_rt.__file__).parent / "cuda"
 
 
 def compiler() -> str | None:

@@ -1,4 +1,4 @@
-// Nodes near the surface, the regularisers on them, and Adam: twins of ../field.py, ../regularize.py, ../adam.py.
+// Nodes near the surface, the regularisers on them, and Adam: twins of ../neus/field.py, ../neus/regularize.py, ../neus/adam.py.
 #include "grid.cuh"
 
 // Nothing of the object lies outside of its visual hull.

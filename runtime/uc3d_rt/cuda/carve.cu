@@ -1,4 +1,4 @@
-// The hull carved towards the normal maps, but for the solver (solve.cu): twins of ../carve.py.
+// The hull carved towards the normal maps, but for the solver (solve.cu): twins of ../neus/carve.py.
 #include "rays.cuh"
 
 // Where the rays of the silhouettes' pixels meet the surface: distance along the ray of the first entry

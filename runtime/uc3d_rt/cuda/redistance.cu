@@ -1,4 +1,4 @@
-// A field made a distance again, and carried to a finer grid: twins of ../redistance.py and ../fit.py.
+// A field made a distance again, and carried to a finer grid: twins of ../neus/redistance.py and ../neus/fit.py.
 #include "grid.cuh"
 
 // Nodes next to the surface keep their value; all others start `far` away, with their sign.

@@ -1,4 +1,4 @@
-// NeuS rendering, its gradient, and the losses of a ray: twins of ../render.py, ../losses.py.
+// NeuS rendering, its gradient, and the losses of a ray: twins of ../neus/render.py, ../neus/losses.py.
 //
 // A ray is one thread.  Nothing is stored along it: the gradient goes front to back a second time, and
 // takes what lies behind a segment as the whole sum, which the first pass knows, less what came before.

@@ -1,4 +1,4 @@
-// The soft visual hull of six silhouettes: twins of ../hull.py.
+// The soft visual hull of six silhouettes: twins of ../neus/hull.py.
 #include "grid.cuh"
 
 // Fractional pixel of a world coordinate along one axis of an image: `field.world_to_grid`.

@@ -1,6 +1,6 @@
 // What all kernels share: the grid, its cells, and sums that do not depend on the order of threads.
 //
-// Axis order is [y, z, x] and lengths are node spacings, as in the CPU twins (../field.py).
+// Axis order is [y, z, x] and lengths are node spacings, as in the CPU twins (../neus/field.py).
 #pragma once
 
 #ifdef __CUDACC__

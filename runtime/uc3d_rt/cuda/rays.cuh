@@ -1,4 +1,4 @@
-// Rays of the views through the grid, and the cells they meet: twins of ../rays.py.
+// Rays of the views through the grid, and the cells they meet: twins of ../neus/rays.py.
 #pragma once
 
 #include "grid.cuh"

@@ -1,4 +1,4 @@
-// The linear system of the carving, by conjugate gradients as SciPy's: twins of `_solve` in ../carve.py.
+// The linear system of the carving, by conjugate gradients as SciPy's: twins of `_solve` in ../neus/carve.py.
 //
 // Its unknowns are the nodes whose `weight` is above 0.  The matrix is never stored: a node is tied to its
 // six neighbours by the mean of both weights and to its present value by `stay`, and every point that should
