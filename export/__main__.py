@@ -121,8 +121,9 @@ def onnx(
     help="Compute capabilities, as sm_80,sm_89; default: all that the library knows.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice(["fp16"]), default="fp16", show_default=True,
-    help="Of arithmetic; norms, softmax and sine embeddings stay fp32.",
+    "--precision", type=click.Choice(["fp16", "int8", "fp8"]), default="fp16", show_default=True,
+    help="Of arithmetic; norms, softmax and sine embeddings stay fp32.  int8 and fp8, of most of the UNet's "
+    "products, are for TensorRT and TensorRT-RTX and need `quantize --for gpu`; fp8 also sm_89 or later.",
 )  # fmt: skip
 @click.option(
     "--weights", type=click.Choice(["fp16", "int8"]), default="fp16", show_default=True,
@@ -161,7 +162,9 @@ def build_engines(
         from export.engines import BuildOptions, build, plan_build
 
         names = tuple(name.strip() for name in targets.split(",") if name.strip())
-        options = BuildOptions(bundle, backend, names, weights, timing_cache, jobs, check, deterministic)
+        options = BuildOptions(
+            bundle, backend, names, weights, timing_cache, jobs, check, deterministic, precision
+        )
         plan = plan_build(options)
         made_for = ", ".join(plan.engines.targets) or "every GPU that it knows"
         click.echo(f"{plan.options.backend} {plan.engines.version} ({plan.reason}), for {made_for}")
@@ -221,7 +224,7 @@ class _BuildBar:
             error = "not checked" if built.relative_error is None else f"{built.relative_error:.1e}"
             click.echo(
                 f"{job.name:17s} {built.total_bytes / 2**20:7.2f} MiB   prepared in {built.prepare_s:.1f} s, "
-                f"built in {built.build_s:.1f} s, fp16 relative error {error}"
+                f"built in {built.build_s:.1f} s, relative error {error}"
             )
         if self._shown:
             self._bar.update(job.source_bytes if built is not None else 0)
@@ -257,14 +260,24 @@ def verify(bundle: Path, checkpoint: Path | None, steps: int | None, seed: int) 
 
 @cli.command()
 @bundle_option
+@click.option(
+    "--for", "machine", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True,
+    help="cpu: an int8 graph for this machine; gpu: what int8 and fp8 engines need, made without one.",
+)  # fmt: skip
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
-def quantize(bundle: Path, pictures: tuple[Path, ...]) -> None:
-    """Make the UNet int8 for this machine's CPU, scales found on PICTURES.
+def quantize(bundle: Path, machine: str, pictures: tuple[Path, ...]) -> None:
+    """Quantise the UNet, scales found on PICTURES.
 
-    What is made lands in BUNDLE/built/, and the runtime takes it from then on.  Nothing is kept if it
-    is not faster here, or changes the views of a picture too much.
+    For a CPU, its int8 graph lands in BUNDLE/built/, and the runtime takes it from then on; nothing is
+    kept if it is not faster here, or changes the views of a picture too much.
+
+    For GPUs, the ranges of what enters its products land in BUNDLE/activation_ranges.json, beside what
+    fp16, int8 and fp8 make of the pictures' views; `build-engines --precision int8` or `fp8` reads it.
     """
     with plain_errors():
+        if machine == "gpu":
+            _quantize_for_gpus(bundle, pictures)
+            return
         from export.quantization import quantize as quantized
 
         done = quantized(bundle, pictures, say=click.echo)
@@ -275,6 +288,22 @@ def quantize(bundle: Path, pictures: tuple[Path, ...]) -> None:
         )
         views = ", ".join(f"{decibels:.1f}" for decibels in done.sample_db)
         click.echo(f"colour views against fp32: {views} dB")
+
+
+def _quantize_for_gpus(bundle: Path, pictures: tuple[Path, ...]) -> None:
+    from export.gpu_quantization import quantize_for_gpus
+    from export.quantized_graph import LEAST_SAMPLE_DB, RANGES_NAME
+
+    ranges = quantize_for_gpus(bundle, pictures, say=click.echo)
+    click.echo(f"-> {bundle / RANGES_NAME}, {len(ranges.largest)} products")
+    click.echo("      relative error of a call (median), colour views against fp32")
+    for precision, accuracy in ranges.accuracy.items():
+        views = ", ".join(f"{decibels:.1f}" for decibels in accuracy.sample_db)
+        refused = precision != "fp16" and min(accuracy.sample_db) < LEAST_SAMPLE_DB
+        click.echo(
+            f"{precision:5s} {accuracy.relative_error:.1e}   {views} dB"
+            f"{f'   too little (limit {LEAST_SAMPLE_DB:g} dB): build-engines refuses it' if refused else ''}"
+        )
 
 
 @cli.command("build-kernels")

@@ -24,6 +24,14 @@ from typing import Any
 from export.data_file import graph_bytes
 from export.example_inputs import example_inputs
 from export.onnxruntime_builder import build_part, data_file
+from export.quantized_graph import (
+    LEAST_SAMPLE_DB,
+    QUANTIZED,
+    QUANTIZED_NETWORK,
+    RANGES_NAME,
+    ActivationRanges,
+    load_ranges,
+)
 from export.step_graph import PLAN_ROWS
 from export.tensorrt_builder import LIBRARIES, build_engine, check_targets, library
 from export.typed_graph import WEIGHTS, relative_error, typed_graph
@@ -61,6 +69,12 @@ LARGEST_TOGETHER_PX, DECODED_TOGETHER = 256, 2
 ERROR_LIMIT = 1e-2
 """Largest relative error of an fp16 graph.  Rounding makes 0.001 to 0.005, an overflow far more."""
 
+QUANTIZED_ERROR_LIMIT = 0.2
+"""The same in int8 and fp8, which make 0.02 to 0.06.  What they are held to is their samples."""
+
+OLDEST_FP8 = 89
+"""Compute capability, times ten, of the first GPUs that multiply fp8 numbers: Ada."""
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -74,8 +88,13 @@ class BuildOptions:
     jobs: int = 2
     check: bool = True  # hold every engine's graph against the bundle's network on the CPU
     deterministic: bool = False  # the same bits each time: see `export.fused_graph.Fuser`
+    precision: str = "fp16"  # of the UNet's products; the rest is fp16, with its islands of fp32
 
     def __post_init__(self) -> None:
+        if self.precision not in ("fp16", *QUANTIZED):
+            raise UsageError(f"unknown precision {self.precision!r}; choose fp16, {', '.join(QUANTIZED)}")
+        if self.precision != "fp16" and self.weights != "fp16":
+            raise UsageError(f"--precision {self.precision} stores weights its own way; leave --weights out")
         if self.backend not in ("auto", *LIBRARIES):
             raise UsageError(f"unknown backend {self.backend!r}; choose auto, {', '.join(LIBRARIES)}")
         if self.weights not in WEIGHTS:
@@ -143,6 +162,10 @@ def plan_build(options: BuildOptions) -> Plan:
     # The order of targets changes nothing.
     known = known_targets(backend)
     targets = tuple(sorted(set(options.targets), key=known.index))
+    ranges = None
+    if options.precision != "fp16":
+        ranges = _checked_ranges(options, manifest, backend)
+        targets = _targets_of_precision(options.precision, targets, known)
     options = replace(options, backend=backend, targets=targets)
     release = str(library(backend).__version__)
     if not targets and not known and backend != "onnxruntime":
@@ -157,7 +180,7 @@ def plan_build(options: BuildOptions) -> Plan:
             f"whether engines of {backend} give the same bits each time is not known; "
             "leave --deterministic out, or add --backend onnxruntime"
         )
-    precision = "fp16" if options.weights == "fp16" else "fp16-int8-weights"
+    precision = options.precision if options.weights == "fp16" else "fp16-int8-weights"
     precision += "-deterministic" if options.deterministic else ""
     label = "-".join((backend, release, precision, "-".join(t.replace("_", "") for t in targets) or "all"))
     folder = options.bundle / BUILT_NAME / label
@@ -172,7 +195,8 @@ def plan_build(options: BuildOptions) -> Plan:
         entry = manifest.networks[network]
         # A step with guidance holds its rescaling.
         rescale = manifest.sampling.guidance_rescale if part in ("unet_step_2", "unet_guidance") else 0.0
-        key = _key(entry.sha256, batches, options, release, rescale)
+        quantized = ranges if part == QUANTIZED_NETWORK else None
+        key = _key(entry.sha256, batches, options, release, rescale, quantized)
         target = folder / f"{part}{LIBRARIES[backend].suffix}"
         old = now.engines.get(part)
         done = old is not None and old.key == key and target.is_file() and sha256_of(target) == old.sha256
@@ -181,6 +205,39 @@ def plan_build(options: BuildOptions) -> Plan:
             done = checked and weights_fault(old.weights, folder) is None
         jobs.append(Job(part, source, entry.sha256, entry.total_bytes, batches, key, target, done))
     return Plan(options, reason, manifest, folder, now, tuple(jobs))
+
+
+def _checked_ranges(options: BuildOptions, manifest: Manifest, backend: str) -> ActivationRanges:
+    """The bundle's ranges, if the precision asked for does not change its views too much."""
+    if backend == "onnxruntime":
+        raise UsageError(
+            f"ONNX Runtime multiplies no {options.precision} numbers on GPUs; leave --precision out, or "
+            "choose --backend tensorrt or tensorrt-rtx (on a CPU: python -m export quantize PICTURES)"
+        )
+    ranges = load_ranges(options.bundle, manifest.networks[QUANTIZED_NETWORK].sha256)
+    accuracy = ranges.accuracy.get(options.precision)
+    if accuracy is None or not min(accuracy.sample_db) >= LEAST_SAMPLE_DB:
+        found = "was not compared" if accuracy is None else f"{min(accuracy.sample_db):.1f} dB"
+        raise BackendError(
+            f"{options.precision} changes the bundle's views too much, says {RANGES_NAME} ({found}, limit "
+            f"{LEAST_SAMPLE_DB:g}); build with --precision fp16"
+        )
+    return ranges
+
+
+def _targets_of_precision(
+    precision: str, targets: tuple[str, ...], known: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The targets that multiply such numbers: all that were asked for must, of all known those that do."""
+    if precision != "fp8" or not known:
+        return targets
+    able = tuple(target for target in known if int(target[3:]) >= OLDEST_FP8)
+    unable = [target for target in targets if target not in able]
+    if unable:
+        raise UsageError(
+            f"{', '.join(unable)} cannot multiply fp8 numbers, only {', '.join(able)} can; build int8 or fp16"
+        )
+    return targets or able
 
 
 def chosen_backend(asked: str) -> tuple[str, str]:
@@ -355,11 +412,14 @@ def _built(job: Job, options: BuildOptions, manifest: Manifest, target: Path, we
             profiles.append(
                 {t.name: tuple(free[s] if isinstance(s, str) else s for s in t.shape) for t in spec.inputs}
             )
-    model = typed_graph(job.source, sizes, options.weights)
+    precision, ranges = "fp16", None
+    if options.precision != "fp16" and job.name == QUANTIZED_NETWORK:
+        precision, ranges = options.precision, load_ranges(options.bundle, job.source_sha256)
+    model = typed_graph(job.source, sizes, options.weights, precision, ranges)
     steps = manifest.schedule.train_steps
     inputs = example_inputs(shape, job.name, min(job.batches), seed=1, train_steps=steps)
     error = relative_error(job.source, model, [inputs]) if options.check else None
-    _check_error(error)
+    _check_error(error, precision)
     prepared = time.perf_counter()
     engine = build_engine(
         model.SerializeToString(deterministic=True), backend=options.backend, targets=options.targets,
@@ -387,11 +447,12 @@ def _fused(job: Job, options: BuildOptions, manifest: Manifest, target: Path, we
         return replace(_written(engine, target, error, started, prepared), weights=record)
 
 
-def _check_error(error: float | None) -> None:
-    if error is not None and not error <= ERROR_LIMIT:
+def _check_error(error: float | None, precision: str = "fp16") -> None:
+    limit = ERROR_LIMIT if precision == "fp16" else QUANTIZED_ERROR_LIMIT
+    if error is not None and not error <= limit:
         raise BackendError(
-            f"its fp16 graph differs from the bundle's network by {error:.1e} (limit {ERROR_LIMIT:g}); "
-            "the weights do not suit fp16"
+            f"its {precision} graph differs from the bundle's network by {error:.1e} (limit {limit:g}); "
+            f"the weights do not suit {precision}"
         )
 
 
@@ -416,8 +477,9 @@ def first_error(log: Path) -> str:
 
 
 def _key(
-    source_sha256: str, batches: Sequence[int], options: BuildOptions, release: str, rescale: float
-) -> str:
+    source_sha256: str, batches: Sequence[int], options: BuildOptions, release: str, rescale: float,
+    ranges: ActivationRanges | None,
+) -> str:  # fmt: skip
     """SHA-256 of all that decides the bytes of an engine."""
     import onnxruntime
 
@@ -433,6 +495,8 @@ def _key(
         "rescale": rescale,
         "recipe": RECIPE,
     }
+    if ranges is not None:  # a network that stays fp16 is the same whatever becomes of the UNet
+        what |= {"precision": options.precision, "ranges": sorted(ranges.largest.items())}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -99,7 +99,7 @@ def quantize(
                 "nothing was kept"
             )
         say("sampling in int8")
-        found = [_sampled(bundle, manifest, fast, picture) for picture in pictures]
+        found = sampled(bundle, manifest, fast, pictures)
         decibels = tuple(views_psnr(view, true)["colour"] for view, true in zip(found, truth, strict=True))
         limit = SAMPLE_LIMIT_DB["int8"]
         if min(decibels) < limit:
@@ -147,9 +147,20 @@ def int8_graph(source: Path, target: Path, calls: Sequence[Inputs]) -> None:
 
 
 def recorded_calls(
-    bundle: Path, manifest: Manifest, backend: Backend, pictures: Sequence[Path]
+    bundle: Path, manifest: Manifest, backend: Backend, pictures: Sequence[Path], steps: int | None = None
 ) -> tuple[list[Inputs], list[Views]]:
-    """What the UNet is given, for one object, while pictures are sampled; and their views."""
+    """What the UNet is given, for one object, while pictures are sampled; and their views.
+
+    Args:
+        bundle: whose networks run.
+        manifest: of the bundle.
+        backend: that runs them.
+        pictures: of objects.
+        steps: of a sample; None takes the bundle's default.
+
+    Returns:
+        `(at most about CALIBRATION_CALLS inputs, spread over pictures and steps; views, a picture each)`.
+    """
     calls: list[Inputs] = []
 
     class Recorder(Network):
@@ -169,7 +180,7 @@ def recorded_calls(
             network = backend.open(bundle, manifest, name)
             return Recorder(network) if name == "unet" else network
 
-    views = [_sampled(bundle, manifest, Recording(), picture) for picture in pictures]
+    views = sampled(bundle, manifest, Recording(), pictures, steps)
     return calls[:: max(1, len(calls) // CALIBRATION_CALLS)], views
 
 
@@ -177,8 +188,12 @@ CALIBRATION_CALLS = 40
 """Calls that scales are found on, spread over pictures and steps."""
 
 
-def _sampled(bundle: Path, manifest: Manifest, backend: Backend, picture: Path) -> Views:
-    return Pipeline(bundle, manifest, backend).views(picture)
+def sampled(
+    bundle: Path, manifest: Manifest, backend: Backend, pictures: Sequence[Path], steps: int | None = None
+) -> list[Views]:
+    """The views of pictures; None takes the bundle's number of steps."""
+    with Pipeline(bundle, manifest, backend) as pipeline:
+        return [pipeline.views(picture, steps=steps) for picture in pictures]
 
 
 def _compared_calls(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.data_file import data_path, is_apart, load_graph, openable
+from export.quantized_graph import ActivationRanges, quantized_graph
 
 FloatArray = NDArray[np.float32]
 
@@ -39,7 +40,10 @@ MOVES = frozenset(
 """Operators that only move values: nothing is rounded there."""
 
 
-def typed_graph(source: Path, sizes: Mapping[str, int], weights: str = "fp16") -> onnx.ModelProto:
+def typed_graph(
+    source: Path, sizes: Mapping[str, int], weights: str = "fp16", precision: str = "fp16",
+    ranges: ActivationRanges | None = None,
+) -> onnx.ModelProto:  # fmt: skip
     """The network of an ONNX file in fp16, with norms, softmax and sine embeddings in fp32.
 
     Inputs and outputs stay float32, as in the contract.  The same file and arguments give the same
@@ -49,6 +53,8 @@ def typed_graph(source: Path, sizes: Mapping[str, int], weights: str = "fp16") -
         source: file of a bundle, fp32, its weights stored as fp32 or int8.
         sizes: free dimensions to fix, by name; what is left out stays free.
         weights: one of `WEIGHTS`.
+        precision: "int8" and "fp8" quantise what `quantized_graph` chooses; the rest is fp16 in any case.
+        ranges: of the network, where it is quantised.
 
     Raises:
         ValueError: ONNX Runtime or the checker refuses the graph, a scale is too small for fp16, or the
@@ -59,6 +65,10 @@ def typed_graph(source: Path, sizes: Mapping[str, int], weights: str = "fp16") -
     if data_path(source) is not None:
         raise ValueError(f"{source} is too large to be typed as a whole; build it with --backend onnxruntime")
     model = folded(source, sizes, keep_int8=weights == "int8")
+    if precision != "fp16":
+        if ranges is None:
+            raise ValueError(f"{precision} needs the ranges of {source}")
+        model = quantized_graph(model, ranges, precision)
     for opset in model.opset_import:
         if opset.domain == "" and opset.version < OLDEST_OPSET:
             raise ValueError(
@@ -312,5 +322,5 @@ def _check_scales(model: onnx.ModelProto, source: Path) -> None:
             if smallest < SMALLEST_SCALE:
                 raise ValueError(
                     f"{source}: {node.input[1]} holds the scale {smallest:.1e}, too small for fp16; "
-                    "build with --weights fp16"
+                    "build with --weights fp16 --precision fp16"
                 )

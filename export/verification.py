@@ -17,6 +17,14 @@ from numpy.typing import NDArray
 
 from export.engines import engine_batches
 from export.example_inputs import example_inputs
+from export.quantized_graph import (
+    LEAST_SAMPLE_DB,
+    QUANTIZED,
+    QUANTIZED_NETWORK,
+    RANGES_NAME,
+    ActivationRanges,
+    load_ranges,
+)
 from export.typed_graph import rounded_session, typed_graph
 from uc3d_rt.backends.base import Backend, Network, check_inputs
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeNetwork, OnnxRuntimeQuantized
@@ -32,6 +40,7 @@ from uc3d_rt.contract import (
 )
 from uc3d_rt.engines import (
     CPU,
+    EngineSet,
     built_folders,
     installed_version,
     load_engine_set,
@@ -53,9 +62,9 @@ FP16_LIMIT = 1e-2
 INT8_LIMIT = 5e-2
 """The same for weights stored as int8, against the checkpoint's fp32."""
 
-SAMPLE_LIMIT_DB = {"fp16": 40.0, "torch": 25.0, "int8": 28.0}
+SAMPLE_LIMIT_DB = {"fp16": 40.0, "torch": 25.0} | dict.fromkeys(QUANTIZED, LEAST_SAMPLE_DB)
 """Smallest PSNR between the views of a whole sample.  Against torch it says what int8 storage does; int8
-arithmetic is held to whole samples alone, for late calls add little to them and may be far off."""
+and fp8 arithmetic is held to whole samples alone, for late calls add little to them and may be far off."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,9 @@ def verify(
         for name in NETWORK_NAMES:
             yield from compare_network(form, backend, reference, bundle, manifest, name, limit, seed)
     views = sample(bundle, manifest, reference, steps, seed)
+    if (bundle / RANGES_NAME).is_file():
+        ranges = load_ranges(bundle, manifest.networks[QUANTIZED_NETWORK].sha256)
+        forms |= {precision: (TypedBackend(precision, ranges), math.inf) for precision in QUANTIZED}
     for form, (backend, _) in forms.items():
         found = sample(bundle, manifest, backend, steps, seed)
         for kind, decibels in views_psnr(found, views).items():
@@ -158,13 +170,18 @@ def shaded_ball(size_px: int = 256) -> NDArray[np.uint8]:
 
 
 class TypedBackend(Backend):
-    """The fp16 graphs that engines are built from, on the CPU with every fp16 value rounded."""
+    """The typed graphs that engines are built from, on the CPU with every value rounded as it is typed."""
+
+    def __init__(self, precision: str = "fp16", ranges: ActivationRanges | None = None) -> None:
+        """Take the precision of the UNet, and the ranges that int8 and fp8 need; the others are fp16."""
+        self._precision, self._ranges = precision, ranges
 
     def open(self, bundle: Path, manifest: Manifest, name: str) -> Network:
         """Make and load one network's graph; raises as `Backend.open`."""
         path = verified_network_path(bundle, manifest, name)
         try:
-            session = rounded_session(typed_graph(path, {}))
+            precision = self._precision if name == QUANTIZED_NETWORK else "fp16"
+            session = rounded_session(typed_graph(path, {}, precision=precision, ranges=self._ranges))
         except ValueError as error:
             raise BundleError(str(error)) from error
         return OnnxRuntimeNetwork(session, network_specs(manifest.shape)[name], manifest.shape.views)
@@ -226,7 +243,7 @@ def _engine_checks(
             backend = OnnxRuntimeEngines(folder, engines)
         else:
             backend = TensorRtEngines(folder, engines)
-        for name in () if engines.precision == "int8" else NETWORK_NAMES:
+        for name in _compared_networks(engines):
             built = engines.engines.get(name)  # the UNet may be there as steps, which take what it takes
             batches = engine_batches(manifest.shape)[name] if built is None else built.batches
             yield from compare_network(
@@ -235,8 +252,16 @@ def _engine_checks(
         found = sample(bundle, manifest, backend, steps, seed)
         for kind, decibels in views_psnr(found, views).items():
             what = f"sample: {kind} views"
-            limit = SAMPLE_LIMIT_DB["int8" if engines.precision == "int8" else "fp16"]
+            limit = SAMPLE_LIMIT_DB[engines.precision if engines.precision in QUANTIZED else "fp16"]
             yield Check(folder.name, what, decibels, limit, more_is_better=True)
+
+
+def _compared_networks(engines: EngineSet) -> tuple[str, ...]:
+    """Networks held against the bundle's tensor by tensor: of int8 and fp8 ones whole samples tell."""
+    if engines.targets == (CPU,):
+        return ()
+    quantized = QUANTIZED_NETWORK if engines.precision in QUANTIZED else None
+    return tuple(name for name in NETWORK_NAMES if name != quantized)
 
 
 def table(checks: list[Check], say: Callable[[str], None]) -> bool:

@@ -74,6 +74,10 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
     "--deterministic", is_flag=True,
     help="The same file each time on a GPU too; needs engines built with --deterministic.",
 )  # fmt: skip
+@click.option(
+    "--precision", default="auto", show_default=True,
+    help="fp16, int8 or fp8: run engines of that precision and no others; auto: fp16 before others.",
+)  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads; all if left out.")
 @click.option("--quiet", is_flag=True, help="No progress and no timings; warnings and errors still show.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -97,6 +101,7 @@ def command(
     fit_device: str | None,
     low_memory: bool,
     deterministic: bool,
+    precision: str,
     threads: int | None,
     quiet: bool,
     debug: bool,
@@ -119,7 +124,7 @@ def command(
         raise UsageError(str(error)) from error
     pipeline = Pipeline.from_bundle(
         bundle, device, threads, backend,
-        fit_device=fit_device, low_memory=low_memory, deterministic=deterministic,
+        fit_device=fit_device, low_memory=low_memory, deterministic=deterministic, precision=precision,
     )  # fmt: skip
     if not quiet and pipeline.choice is not None and (pipeline.choice.notable or device != "cpu"):
         click.echo(f"runs on {pipeline.choice}", err=True)

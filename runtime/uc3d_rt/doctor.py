@@ -113,7 +113,7 @@ def engine_lines(bundle: Path, manifest: Manifest, machine: Machine | None) -> I
             beside = f"; weights in {engine.weights.file}" if engine.weights else ""
             yield (
                 f"  {name:17s} {engine.total_bytes / 2**20:7.2f} MiB  {engine.sha256[:12]}  "
-                f"objects a call: {batches}; fp16 relative error {found}{beside}"
+                f"objects a call: {batches}; relative error {found}{beside}"
             )
         reasons = misfits(engines, folder, manifest, machine, installed_version(engines.backend))
         yield "  fits this machine" if not reasons else f"  does not fit this machine: {'; '.join(reasons)}"

@@ -99,6 +99,7 @@ class Pipeline:
         fit_device: str | None = None,
         low_memory: bool = False,
         deterministic: bool = False,
+        precision: str = "auto",
     ) -> Pipeline:
         """Open a bundle; None is the one that ships.
 
@@ -114,10 +115,12 @@ class Pipeline:
                 rounding; a sample takes longer.
             deterministic: run only what gives the same bits each time.  On the CPU everything does; on a
                 GPU it is what `python -m export build-engines --deterministic` built.
+            precision: "fp16", "int8" or "fp8": run engines of that precision and no others; "auto" takes
+                fp16 before others.
 
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.
-            UsageError: unknown device or backend, or `threads` below 1.
+            UsageError: unknown device, backend or precision, or `threads` below 1.
             BackendError: a device or backend asked for cannot run here.
         """
         asked, (device, why) = device, chosen_device(device)
@@ -130,7 +133,9 @@ class Pipeline:
                     f"{bundle / entry.file} ({name}) is missing; the bundle is incomplete, "
                     "fetch or export it again"
                 )
-        choice = choose(bundle, manifest, str(places[0]), backend, threads, low_memory, deterministic)
+        choice = choose(
+            bundle, manifest, str(places[0]), backend, threads, low_memory, deterministic, precision
+        )
         fit_place = places[1]
         if fit_place.kind == "cuda":
             from uc3d_rt.cuda_device import cuda_driver

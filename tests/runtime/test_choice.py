@@ -1,5 +1,6 @@
 """Which backend runs on which device: the best that fits, said aloud, and never another device."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,16 +43,20 @@ def manifest(bundle: Path) -> Manifest:
     return load_manifest(bundle)
 
 
-def build(bundle: Path, manifest: Manifest, backend: str, version: str, deterministic: bool = False) -> Path:
+def build(
+    bundle: Path, manifest: Manifest, backend: str, version: str, deterministic: bool = False,
+    precision: str = "fp16",
+) -> Path:  # fmt: skip
     """A folder of engines with nothing in them."""
-    folder = bundle / BUILT_NAME / f"{backend}-{version}{'-deterministic' if deterministic else ''}"
+    kind = f"{precision}{'-deterministic' if deterministic else ''}"
+    folder = bundle / BUILT_NAME / f"{backend}-{version}-{kind}"
     folder.mkdir(parents=True)
     files = {}
     for name, entry in manifest.networks.items():
         for part in parts_of(backend, name):
             (folder / f"{part}.engine").touch()
             files[part] = EngineFile(f"{part}.engine", EMPTY, 0, entry.sha256, "key", (1,), 1e-3)
-    engines = EngineSet(backend, version, (), "fp16", manifest.profile, files, deterministic)
+    engines = EngineSet(backend, version, (), precision, manifest.profile, files, deterministic)
     save_engine_set(engines, folder)
     return folder
 
@@ -159,6 +164,29 @@ def test_the_same_bits_each_time_are_for_those_who_ask(bundle: Path, manifest: M
         assert isinstance(found, OnnxRuntimeEngines) and found.folder == folder
         assert found.engines.deterministic == deterministic
     assert choose(bundle, manifest, "cpu", "bundle", deterministic=True).reason == "asked for"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_precision_is_for_those_who_ask(
+    bundle: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "installed_version", lambda backend: "1.31.1")
+    monkeypatch.setattr(choice, "misfits", lambda *_: [])
+    with pytest.raises(BackendError, match="nothing in int8 fits .*nothing was built.*--precision int8"):
+        choose(bundle, manifest, "cuda", precision="int8")
+    for precision in ("fp8", "fp16", "fp16-int8-weights", "int8"):
+        build(bundle, manifest, "tensorrt-rtx", "1.31.1", precision=precision)
+    for asked, found in {"auto": "fp16", "fp16": "fp16", "int8": "int8", "fp8": "fp8"}.items():
+        assert f"tensorrt-rtx, {found}, cuda" in str(choose(bundle, manifest, "cuda", precision=asked))
+    with pytest.raises(BackendError, match="nothing in int8 fits --device cpu .*quantize"):
+        choose(bundle, manifest, "cpu", precision="int8")
+    with pytest.raises(BackendError, match="it is fp16.*--precision fp8"):
+        shutil.rmtree(bundle / BUILT_NAME)
+        build(bundle, manifest, "tensorrt-rtx", "1.31.1")
+        choose(bundle, manifest, "cuda", precision="fp8")
+    for wrong in ({"precision": "fp4"}, {"precision": "int8", "backend": "bundle"}):
+        with pytest.raises(UsageError):
+            choose(bundle, manifest, "cuda", **wrong)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -21,6 +21,9 @@ from uc3d_rt.engines import (
 )
 from uc3d_rt.errors import BackendError, BundleError, UsageError
 
+PRECISIONS: tuple[str, ...] = ("auto", "fp16", "int8", "fp8")
+"""Of engines, in the order in which they are taken where several fit."""
+
 BACKENDS: tuple[str, ...] = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx", "bundle")
 MENDS = {
     "cpu": "run: python -m export quantize PICTURES",
@@ -44,6 +47,7 @@ class Choice:
 def choose(
     bundle: Path, manifest: Manifest, device: str = "cpu", backend: str = "auto",
     threads: int | None = None, low_memory: bool = False, deterministic: bool = False,
+    precision: str = "auto",
 ) -> Choice:  # fmt: skip
     """The backend for a device; never another device than the one asked for.
 
@@ -56,13 +60,18 @@ def choose(
         threads: CPU threads a network may use; None leaves the choice to the library.
         low_memory: see `uc3d_rt.backends.base.Backend`.
         deterministic: only what gives the same bits each time; on the CPU everything does.
+        precision: one of `PRECISIONS`, of engines; "auto" takes fp16 before others.
 
     Raises:
-        UsageError: unknown device or backend, or `threads` below 1.
+        UsageError: unknown device, backend or precision, or `threads` below 1.
         BackendError: what was asked for by name does not fit.
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if backend == "bundle" and precision != "auto":
+        raise UsageError(f"the bundle's own files are fp32; leave out --backend bundle or {precision}")
     kind = Place.named(device).kind
     deterministic = deterministic and kind != "cpu"
     own = backend_for(device, threads, low_memory)
@@ -76,12 +85,16 @@ def choose(
         elif backend in ("auto", engines.backend):
             if deterministic and not engines.deterministic:
                 reasons = [*reasons, "its results differ in their last bits"]
+            held = engines.precision.partition("-")[0]
+            if precision not in ("auto", held):
+                reasons = [*reasons, f"it is {held}"]
             if reasons:
                 unfit.append(f"{folder.name}: {', '.join(reasons)}")
             else:
-                fitting.append((BACKENDS.index(engines.backend), engines.deterministic, folder, engines))
+                rank = BACKENDS.index(engines.backend), engines.deterministic, PRECISIONS.index(held)
+                fitting.append((rank, folder, engines))
     if fitting:
-        *_, folder, engines = min(fitting, key=lambda one: one[:2])
+        _, folder, engines = min(fitting, key=lambda one: one[0])
         return _built_choice(folder, engines, device, threads, low_memory)
     lacks = "; ".join(unfit) or "nothing was built for it"
     if deterministic:
@@ -89,12 +102,25 @@ def choose(
             f"nothing that gives the same bits each time fits --device {device} ({lacks}); "
             f"{REBUILD} --backend onnxruntime --deterministic"
         )
+    if precision != "auto":
+        raise BackendError(
+            f"nothing in {precision} fits --device {device} ({lacks}); {_mend(kind, precision)}"
+        )
     if backend != "auto":
         mend = MENDS[kind] if backend == "onnxruntime" else f"{REBUILD} --backend {backend}"
         if kind == "cpu" and backend != "onnxruntime":
             raise UsageError(f"--backend {backend} runs on GPUs alone; add --device cuda")
         raise BackendError(f"{backend} has nothing that fits --device {device} ({lacks}); {mend}")
     return Choice(plain.backend, plain.name, f"{lacks}; for speed {MENDS[kind]}", notable=bool(unfit))
+
+
+def _mend(kind: str, precision: str) -> str:
+    """How engines of a precision come to a device."""
+    if precision == "fp16":
+        return MENDS["cuda"] if kind == "cuda" else "fp16 is for GPUs; add --device cuda"
+    if kind == "cuda":
+        return f"{REBUILD} --backend tensorrt --precision {precision}, or --backend tensorrt-rtx"
+    return MENDS["cpu"] if precision == "int8" else f"{precision} is for GPUs; add --device cuda"
 
 
 def _built_choice(
