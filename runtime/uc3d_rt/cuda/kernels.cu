@@ -7,3 +7,5 @@
 #include "solve.cu"
 #include "colors.cu"
 #include "raster.cu"
+#include "bake.cu"
+#include "unwrap.cu"
