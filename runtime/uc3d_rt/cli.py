@@ -64,7 +64,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
     help="onnxruntime, tensorrt, tensorrt-rtx: what was built for it; bundle: its own files, fp32; "
     "auto: the first of these that fits.",
 )  # fmt: skip
-@click.option("--fit-device", help="Where the fit runs: cpu, cuda or cuda:N; as --device if left out.")
+@click.option("--fit-device", help="Where fit and texture run: cpu, cuda or cuda:N; as --device if left out.")
 @click.option(
     "--low-memory", is_flag=True,
     help="Call the UNet for one object where guidance would take two, and free each stage before the next: "

@@ -127,7 +127,7 @@ def test_low_memory_keeps_no_device(tiny_bundle: Path, devices: list[OpenDevice]
     assert len(devices) == 2 and all(device.closed for device in devices)
 
 
-@pytest.mark.parametrize("kernel", ["print_nodes", "adam_step", "refine"])
+@pytest.mark.parametrize("kernel", ["print_nodes", "adam_step", "refine", "continue_step", "blend_texels"])
 def test_a_device_that_fails_gives_its_memory_back(
     tiny_bundle: Path, devices: list[OpenDevice], views: Views, kernel: str
 ) -> None:

@@ -6,3 +6,6 @@
 #include "carve.cu"
 #include "solve.cu"
 #include "colors.cu"
+#include "raster.cu"
+#include "bake.cu"
+#include "unwrap.cu"

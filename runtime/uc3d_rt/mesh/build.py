@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from uc3d_rt.device import Device
 from uc3d_rt.mesh.surface import FloatArray, Surface, crease_normals, largest_parts, vertex_normals
 from uc3d_rt.neus.field import Field, resample
 
@@ -55,6 +56,7 @@ def build_mesh(
     normal: FloatArray,
     options: MeshOptions | None = None,
     on_progress: Progress | None = None,
+    device: Device | None = None,
 ) -> trimesh.Trimesh:
     """Extract, clean, simplify, unwrap and texture the surface of a field.
 
@@ -68,6 +70,7 @@ def build_mesh(
         normal: (6, H, H, 3) unit world normals, zero = background.
         options: settings; None = `MeshOptions()`.
         on_progress: called with (steps done, steps in all).
+        device: where the texture is baked; None = the CPU.
 
     Returns:
         A mesh in the field's frame and scale, with smooth vertex normals and either a base colour
@@ -75,6 +78,7 @@ def build_mesh(
 
     Raises:
         FitError: the field holds no surface that can be closed.
+        BackendError: the device failed, for example for want of memory.
     """
     options = options or MeshOptions()
     steps = 4 if options.texture == "atlas" else 3
@@ -83,9 +87,9 @@ def build_mesh(
     normals = vertex_normals(surface)
     report(2, steps)
     if options.texture == "vertex":
-        mesh = _vertex_colored(surface, normals, color, normal)
+        mesh = _vertex_colored(surface, normals, color, normal, device)
     else:
-        mesh = _textured(surface, normals, color, normal, options, report)
+        mesh = _textured(surface, normals, color, normal, options, report, device)
     report(steps, steps)
     return mesh
 
@@ -114,13 +118,18 @@ def _simple_surface(
 
 
 def _vertex_colored(
-    surface: Surface, normals: FloatArray, color: FloatArray, normal: FloatArray
+    surface: Surface, normals: FloatArray, color: FloatArray, normal: FloatArray, device: Device | None
 ) -> trimesh.Trimesh:
     import trimesh
 
-    from uc3d_rt.mesh.bake import ProjectedViews, vertex_colors
+    if device is None:
+        from uc3d_rt.mesh.bake import ProjectedViews, vertex_colors
 
-    colors = vertex_colors(surface, normals, ProjectedViews(surface, color, normal))
+        colors = vertex_colors(surface, normals, ProjectedViews(surface, color, normal))
+    else:
+        from uc3d_rt.mesh.device_bake import vertex_colors_on_device
+
+        colors = vertex_colors_on_device(device, surface, normals, color, normal)
     rgba = np.full((len(colors), 4), 255, np.uint8)
     rgba[:, :3] = (colors * 255.0 + 0.5).astype(np.uint8)
     return trimesh.Trimesh(
@@ -140,20 +149,27 @@ def _textured(
     normal: FloatArray,
     options: MeshOptions,
     report: Progress,
+    device: Device | None,
 ) -> trimesh.Trimesh:
     import trimesh
     from PIL import Image
     from trimesh.visual.material import PBRMaterial
     from trimesh.visual.texture import TextureVisuals
 
-    from uc3d_rt.mesh.bake import ProjectedViews, bake_texture
     from uc3d_rt.mesh.unwrap import unwrap_surface
 
-    atlas = unwrap_surface(surface, options.texture_px)
+    atlas = unwrap_surface(surface, options.texture_px, device)
     report(3, 4)
-    texture: NDArray[np.uint8] = bake_texture(
-        surface, normals, atlas, ProjectedViews(surface, color, normal), options.texture_px
-    )
+    texture: NDArray[np.uint8]
+    if device is None:
+        from uc3d_rt.mesh.bake import ProjectedViews, bake_texture
+
+        views = ProjectedViews(surface, color, normal)
+        texture = bake_texture(surface, normals, atlas, views, options.texture_px)
+    else:
+        from uc3d_rt.mesh.device_bake import bake_texture_on_device
+
+        texture = bake_texture_on_device(device, surface, normals, atlas, color, normal, options.texture_px)
     material = PBRMaterial(
         name="surface", baseColorTexture=Image.fromarray(texture), metallicFactor=0.0, roughnessFactor=1.0
     )

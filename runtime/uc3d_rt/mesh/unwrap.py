@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.mesh.raster import rasterize_pixels
+from uc3d_rt.device import Device
 from uc3d_rt.mesh.surface import FloatArray, IntArray, Surface
 
 if TYPE_CHECKING:
@@ -61,12 +61,13 @@ FEW = 2e-3
 they are fewer than this share of all; the least-stretch charts of xatlas are not free of it either."""
 
 
-def unwrap_surface(surface: Surface, texture_px: int) -> Atlas:
+def unwrap_surface(surface: Surface, texture_px: int, device: Device | None = None) -> Atlas:
     """Cut and pack a surface into one square texture.
 
     Args:
         surface: closed.
         texture_px: side of the texture the charts are packed for.
+        device: draws what lies over itself; None = the CPU.
     """
     pairs, adjacent = _neighbours(surface.faces)
     normals = face_normals(surface)
@@ -74,7 +75,7 @@ def unwrap_surface(surface: Surface, texture_px: int) -> Atlas:
     layer = np.zeros(len(axis), np.int64)
     chart = _connected(axis, pairs, adjacent)
     for deeper in range(1, LAYERS):
-        behind = _behind_others(surface, axis, chart, texture_px)
+        behind = _behind_others(surface, axis, chart, texture_px, device)
         if behind.mean() < FEW:
             break
         layer[behind] = deeper
@@ -165,7 +166,9 @@ def _packed(surface: Surface, axis: Labels, chart: Labels, texture_px: int) -> A
     )
 
 
-def _behind_others(surface: Surface, axis: Labels, chart: Labels, texture_px: int) -> NDArray[np.bool_]:
+def _behind_others(
+    surface: Surface, axis: Labels, chart: Labels, texture_px: int, device: Device | None
+) -> NDArray[np.bool_]:
     """Faces (F,) that share a texel with one of their chart that is further up their axis."""
     frame = np.stack([RIGHT, UP, AXES], axis=1)[axis]
     corners = surface.vertices[surface.faces].astype(np.float64) @ frame.transpose(0, 2, 1)
@@ -180,13 +183,29 @@ def _behind_others(surface: Surface, axis: Labels, chart: Labels, texture_px: in
     np.maximum.at(high, chart, flat.max(axis=1))
     place, side_px = _laid_out(np.ceil(high - low).astype(np.int64) + 1)
     at = flat + (place - low)[chart, None]
-    faces = np.arange(3 * len(chart), dtype=np.int32).reshape(-1, 3)
-    top, bottom = (
-        rasterize_pixels(np.dstack([at, -s * height]).reshape(-1, 3), faces, side_px) for s in (1.0, -1.0)
-    )
-    apart = (top[0] >= 0) & (-top[2] - bottom[2] > 1.0 / texture_px)
-    found = np.zeros(len(chart), bool)
-    found[bottom[0][apart]] = True
+    above, below = (np.dstack([at, -s * height]).reshape(-1, 3).astype(np.float32) for s in (1.0, -1.0))
+    if device is None:
+        return _behind(above, below, side_px, 1.0 / texture_px)
+    from uc3d_rt.mesh.device_unwrap import behind_on_device
+
+    return behind_on_device(device, above, below, side_px, 1.0 / texture_px)
+
+
+def _behind(above: FloatArray, below: FloatArray, side_px: int, apart: float) -> NDArray[np.bool_]:
+    """Faces (F,) that share a pixel with one that is more than `apart` above them.
+
+    Args:
+        above: (3F, 3) pixel column, row and depth of the faces' corners, seen from above.
+        below: the same from below; the depths are those of `above` with the other sign.
+        side_px: of the image.
+        apart: in units of the depth.
+    """
+    from uc3d_rt.mesh.raster import rasterize_pixels
+
+    corners = np.arange(len(above), dtype=np.int32).reshape(-1, 3)
+    top, bottom = (rasterize_pixels(seen, corners, side_px) for seen in (above, below))
+    found = np.zeros(len(corners), bool)
+    found[bottom[0][(top[0] >= 0) & (-top[2] - bottom[2] > apart)]] = True
     return found
 
 
