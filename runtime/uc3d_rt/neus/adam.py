@@ -8,12 +8,10 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from uc3d_rt.neus.shared import BETA_1, BETA_2
+
 Array = NDArray[np.floating]
 IndexArray = NDArray[np.int64]
-
-BETA_1 = 0.9
-BETA_2 = 0.98
-
 
 BLOCK = 1024
 """Nodes worked on together; fixed, so that vectorised loops round alike for any number of threads."""

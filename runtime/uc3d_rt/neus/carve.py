@@ -14,35 +14,21 @@ from numpy.typing import NDArray
 from uc3d_rt.neus.field import near_nodes
 from uc3d_rt.neus.rays import Pixels, Rays, trace_rays
 from uc3d_rt.neus.redistance import restore_distance
+from uc3d_rt.neus.shared import (
+    BAND,
+    COVER_DEPTH,
+    COVER_WEIGHT,
+    ENOUGH_PIXELS,
+    LARGEST_MOVE,
+    SOLVER_STEPS,
+    SOLVER_TOLERANCE,
+    STAY,
+    UNSEEN_WEIGHT,
+)
 
 FloatArray = NDArray[np.float32]
 DoubleArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
-
-BAND = 3.0
-"""Node spacings around the surface within which the field is solved for."""
-
-STAY = 0.01
-"""Weight of a node's value against its slopes: a step reaches some 1 / sqrt(STAY) = 10 nodes."""
-
-UNSEEN_WEIGHT = 0.05
-"""Weight of the slope that a node has where the views see nothing of it, against 1 where they do."""
-
-ENOUGH_PIXELS = 0.1
-"""Share of the pixels that a node covers front on that make a node count as half seen."""
-
-COVER_WEIGHT = 20.0
-COVER_DEPTH = 0.3
-"""A pixel of a silhouette should meet the object this deep (node spacings) at least, with this weight."""
-
-LARGEST_MOVE = 2.0
-"""Node spacings that the surface may move in one step: beyond, it has left the band."""
-
-SOLVER_STEPS = 60
-"""Of conjugate gradients."""
-
-SOLVER_TOLERANCE = 1e-3
-"""2-norm of the residual against the first one's that ends them sooner."""
 
 
 def carve(hull: FloatArray, pixels: Pixels, size_px: int, steps: int) -> FloatArray:

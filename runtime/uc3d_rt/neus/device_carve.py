@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uc3d_rt.device import Buffer, Device, Scope, uploaded
-from uc3d_rt.neus.carve import (
+from uc3d_rt.neus.shared import (
     BAND,
     COVER_DEPTH,
     COVER_WEIGHT,

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from uc3d_rt.device import Buffer, Device, Scope, cleared, uploaded
 from uc3d_rt.errors import FitError
-from uc3d_rt.neus.adam import BETA_1, BETA_2
 from uc3d_rt.neus.device_carve import carve, initial_colors
 from uc3d_rt.neus.hull import pair_distances, tolerant
-from uc3d_rt.neus.redistance import MARGIN
+from uc3d_rt.neus.shared import BETA_1, BETA_2, MARGIN
 from uc3d_rt.views import TARGET_CAMERAS, camera_axes
 
 if TYPE_CHECKING:

@@ -130,13 +130,13 @@ def fit(
     """
     options = options or FitOptions()
     color, normal, masks = check_views(color, normal)
-    from uc3d_rt.neus.redistance import restore_distance
-
     pixels = select_pixels(color, normal, masks, options.seed)
     if device is not None:
         from uc3d_rt.neus.device_fit import fit_stages
 
         return _in_world(*fit_stages(device, color, masks, pixels, options, on_progress))
+    from uc3d_rt.neus.redistance import restore_distance
+
     hull = hull_sdf(masks, options.resolution)
     if not (hull < 0).any():
         raise FitError(NO_VOLUME)

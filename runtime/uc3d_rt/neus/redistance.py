@@ -8,11 +8,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from uc3d_rt.neus.shared import MARGIN
+
 Array = NDArray[np.floating]
-
-
-MARGIN = 8
-"""Node spacings around the surface within which distances are exact; skipping rays needs no more."""
 
 
 @njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
