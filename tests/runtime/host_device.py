@@ -24,7 +24,8 @@ class HostDevice:
 
     def __init__(self, library: Path) -> None:
         subprocess.run(
-            [compiler(), "-O2", "-shared", "-fPIC", "-x", "c++", "-o", library, SOURCES / "kernels.cu"],
+            [compiler(), "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-x", "c++", "-o", library,
+             SOURCES / "kernels.cu"],
             check=True, capture_output=True,
         )  # fmt: skip
         self.library = ctypes.CDLL(str(library))

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #define DEVICE static inline
 #define KERNEL extern "C" void
@@ -30,4 +31,23 @@ static inline T atomicAdd(T* to, U value) {
     const T before = *to;
     *to += value;
     return before;
+}
+
+template <typename T, typename U>
+static inline T atomicMax(T* to, U value) {
+    const T before = *to;
+    *to = max(before, (T)value);
+    return before;
+}
+
+static inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }

@@ -6,3 +6,4 @@
 #include "carve.cu"
 #include "solve.cu"
 #include "colors.cu"
+#include "raster.cu"
