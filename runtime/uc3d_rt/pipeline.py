@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,7 @@ class Pipeline:
                 GPU if there is one that can be used, else the CPU, and `choice` says why.
             threads: CPU threads a network may use; None leaves the choice to ONNX Runtime.
             backend: "auto" takes the fastest that fits the device; `choice` says which and why.
-            fit_device: "cpu", "cuda" or "cuda:N", of the fit; None = `device`.
+            fit_device: "cpu", "cuda" or "cuda:N", of the fit and the mesh; None = `device`.
             low_memory: call the UNet for one object at a time where guidance acts, and free every stage
                 before the next is loaded, also within `with pipeline:`.  The views are the same but for
                 rounding; a sample takes longer.
@@ -247,10 +247,12 @@ class Pipeline:
         fit_options = fit_options or FitOptions(seed=seed)
         mesh_options = mesh_options or MeshOptions()
         clock = _Clock(on_progress)
-        with clock.stage("fit") as tick, self._fit_device() as device:
-            surface = fit(views.color, views.normal, fit_options, tick, device)
-        with clock.stage("mesh") as tick:
-            mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick)
+        with ExitStack() as opened:
+            with clock.stage("fit") as tick:
+                device = opened.enter_context(self._fit_device())
+                surface = fit(views.color, views.normal, fit_options, tick, device)
+            with clock.stage("mesh") as tick:
+                mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick, device)
         return Result(views, mesh, {**views.timings, **clock.seconds}, views.notes)
 
     def __enter__(self) -> Pipeline:

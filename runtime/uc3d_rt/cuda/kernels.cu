@@ -7,3 +7,7 @@
 #include "solve.cu"
 #include "colors.cu"
 #include "raster.cu"
+#include "scan.cu"
+#include "surface.cu"
+#include "parts.cu"
+#include "refine.cu"

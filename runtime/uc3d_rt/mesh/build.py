@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from uc3d_rt.device import Device
 from uc3d_rt.mesh.surface import FloatArray, Surface, crease_normals, largest_parts, vertex_normals
 from uc3d_rt.neus.field import Field, resample
 
@@ -55,6 +56,7 @@ def build_mesh(
     normal: FloatArray,
     options: MeshOptions | None = None,
     on_progress: Progress | None = None,
+    device: Device | None = None,
 ) -> trimesh.Trimesh:
     """Extract, clean, simplify, unwrap and texture the surface of a field.
 
@@ -68,6 +70,7 @@ def build_mesh(
         normal: (6, H, H, 3) unit world normals, zero = background.
         options: settings; None = `MeshOptions()`.
         on_progress: called with (steps done, steps in all).
+        device: where the surface is extracted and turned to the normal maps; None = on the CPU.
 
     Returns:
         A mesh in the field's frame and scale, with smooth vertex normals and either a base colour
@@ -75,11 +78,12 @@ def build_mesh(
 
     Raises:
         FitError: the field holds no surface that can be closed.
+        BackendError: the device failed, for example for want of memory.
     """
     options = options or MeshOptions()
     steps = 4 if options.texture == "atlas" else 3
     report = on_progress or (lambda done, total: None)
-    surface = _simple_surface(field, normal, options, lambda: report(1, steps))
+    surface = _simple_surface(field, normal, options, lambda: report(1, steps), device)
     normals = vertex_normals(surface)
     report(2, steps)
     if options.texture == "vertex":
@@ -91,7 +95,11 @@ def build_mesh(
 
 
 def _simple_surface(
-    field: Field, normal: FloatArray, options: MeshOptions, extracted: Callable[[], None]
+    field: Field,
+    normal: FloatArray,
+    options: MeshOptions,
+    extracted: Callable[[], None],
+    device: Device | None,
 ) -> Surface:
     """The field's surface, turned to the normal maps, with about the wanted number of faces.
 
@@ -103,7 +111,12 @@ def _simple_surface(
     from uc3d_rt.mesh.simplify import simplify_surface
 
     while True:
-        surface = refine_surface(extract_surface(field, options.min_share), normal)
+        if device is None:
+            surface = refine_surface(extract_surface(field, options.min_share), normal)
+        else:
+            from uc3d_rt.mesh.device_refine import surface_on_device
+
+            surface = surface_on_device(device, field.sdf, normal, options.min_share)
         extracted()
         surface = simplify_surface(surface, options.faces)
         surface = largest_parts(surface, options.min_share)  # decimation can cut a thin bridge

@@ -29,6 +29,9 @@ MIN_FACING = 0.05
 STEPS = 60
 """Of conjugate gradients; the system is well conditioned, since every vertex is held by `STAY`."""
 
+ENOUGH = 1e-20
+"""Squared residual, weighted by the preconditioner, at which they end before that."""
+
 
 def refine_surface(surface: Surface, normal: FloatArray) -> Surface:
     """Move vertices so that the faces get the normals that the views show.
@@ -55,7 +58,7 @@ def refine_surface(surface: Surface, normal: FloatArray) -> Surface:
     size = float((residual * direction).sum())
     image, scaled, product = np.empty_like(start), np.empty_like(start), np.empty_like(start)
     for _ in range(STEPS):  # in place: fresh arrays of this size take as long as the sums
-        if size < 1e-20:
+        if size < ENOUGH:
             break
         _slopes(direction, faces, target, image)
         image += np.multiply(direction, STAY, out=product)
