@@ -8,35 +8,29 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from uc3d_rt.mesh.raster import rasterize_pixels, view_points
+from uc3d_rt.mesh.projection import (
+    CONFIDENT,
+    DEPTH_SLACK,
+    DISTANCE,
+    EMPTY_DEPTH,
+    LEAST_PULL,
+    LEAST_SUM,
+    LEAST_WEIGHT,
+    MIN_FACING,
+    PULL,
+    SOLVER_STEPS,
+    SOLVER_TOLERANCE,
+    STEEP,
+    UNKNOWN,
+    VIEW_POWER,
+    atlas_points,
+    edge_distance_px,
+    view_points,
+)
+from uc3d_rt.mesh.raster import rasterize_pixels
 from uc3d_rt.mesh.surface import FloatArray, IntArray, Surface
 from uc3d_rt.mesh.unwrap import Atlas
 from uc3d_rt.views import TARGET_CAMERAS, camera_axes
-
-VIEW_POWER = 4
-"""Exponent of the facing weight: higher is sharper and has harder transitions between views."""
-
-MIN_FACING = 0.15
-"""Views that see a surface at a smaller cosine than this say nothing of its colour."""
-
-EDGE_PX = 2.5
-"""Distance, at 256 px or less, from a silhouette or depth edge at which a pixel counts in full; at the
-edge itself it is mixed with what lies behind (white background, most of all) and hardly counts."""
-
-LEAST_WEIGHT = 3e-4
-"""Weight of such a mixed pixel: it gives way to any other, but the thinnest parts have no other."""
-
-DEPTH_SLACK_PX = 2.0
-"""How far, at 256 px, a point may lie behind the depth image and still be seen."""
-
-LEAST_SUM = 1e-8
-"""Of weights; where any view sees a point they are more."""
-
-CONFIDENT = 0.05
-"""Sum of weights above which the views alone give the colour; below, it fades to the filled-in one."""
-
-DISTANCE = TARGET_CAMERAS[0].distance
-"""Of every camera from the origin; all are orthographic."""
 
 
 class ProjectedViews:
@@ -47,7 +41,7 @@ class ProjectedViews:
         from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 
         size = color.shape[1]
-        self.depth_slack = DEPTH_SLACK_PX / 256.0 * 2.0
+        self.depth_slack = DEPTH_SLACK
         self.axes = np.array([camera_axes(camera) for camera in TARGET_CAMERAS], np.float64)  # (6, 3, 3)
         self.depth = np.empty(color.shape[:3], np.float32)
         self.color_and_edge = np.empty((*color.shape[:3], 4), np.float32)
@@ -56,14 +50,12 @@ class ProjectedViews:
         for view, camera in enumerate(TARGET_CAMERAS):
             points = view_points(surface.vertices, camera, size)
             _, _, depth = rasterize_pixels(points, surface.faces, size)
-            depth = np.where(np.isfinite(depth), depth, np.float32(1e3))
+            depth = np.where(np.isfinite(depth), depth, np.float32(EMPTY_DEPTH))
             spread = maximum_filter(depth, 3) - minimum_filter(depth, 3)
-            steep = spread > 8 * self.depth_slack  # an edge in front of something, or of the background
-            clear = masks[view] & ~steep
+            clear = masks[view] & ~(spread > STEEP)
             inside = distance_transform_edt(np.pad(clear, 1))[1:-1, 1:-1]
             self.depth[view] = depth
-            edge_px = EDGE_PX * max(size / 256.0, 1.0)
-            weight = np.clip((inside - 1.0) / edge_px, 0.0, 1.0).astype(np.float32) ** 2
+            weight = np.clip((inside - 1.0) / edge_distance_px(size), 0.0, 1.0).astype(np.float32) ** 2
             self.color_and_edge[view, ..., 3] = np.where(masks[view], np.maximum(weight, LEAST_WEIGHT), 0.0)
 
     def sample(self, points: FloatArray, normals: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -184,16 +176,23 @@ def continue_over_surface(faces: IntArray, color: FloatArray, trust: FloatArray)
     adjacent = coo_matrix((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(count, count)).tocsr()
     adjacent = ((adjacent + adjacent.T) > 0).astype(np.float64)
     degree = np.asarray(adjacent.sum(axis=1)).ravel()
-    pull = trust.astype(np.float64) * 100.0 + 1e-6
+    pull = trust.astype(np.float64) * PULL + LEAST_PULL
     matrix = (diags(degree + pull) - adjacent).tocsr()
     mean = (color * trust[:, None]).sum(axis=0) / max(float(trust.sum()), 1e-6)
     if not trust.any():
-        mean = np.full(3, 0.5)
+        mean = np.full(3, UNKNOWN)
     preconditioner = diags(1.0 / (degree + pull))
     out = np.empty((count, 3), np.float32)
     for channel in range(3):
         known = np.where(trust > 0, color[:, channel], mean[channel])
-        solved, _ = cg(matrix, pull * known, x0=known, rtol=1e-4, maxiter=400, M=preconditioner)
+        solved, _ = cg(
+            matrix,
+            pull * known,
+            x0=known,
+            rtol=SOLVER_TOLERANCE,
+            maxiter=SOLVER_STEPS,
+            M=preconditioner,
+        )
         out[:, channel] = solved
     return np.clip(out, 0.0, 1.0)
 
@@ -207,9 +206,7 @@ def bake_texture(
     takes the continued colour of the vertices.  Texels between charts repeat the nearest chart's edge.
     """
     filled = vertex_colors(surface, normals, views)
-    flipped = np.stack([atlas.uv[:, 0] * texture_px, (1.0 - atlas.uv[:, 1]) * texture_px], axis=1)
-    points = np.concatenate([flipped, np.zeros((len(flipped), 1))], axis=1).astype(np.float32)
-    face, bary, _ = rasterize_pixels(points, atlas.faces, texture_px)
+    face, bary, _ = rasterize_pixels(atlas_points(atlas, texture_px), atlas.faces, texture_px)
     color, _ = views.sample_faces(face.ravel(), bary.reshape(-1, 3), surface, normals, filled, CONFIDENT)
     texture = (np.clip(color, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8).reshape(*face.shape, 3)
     _fill_gaps(texture, face)

@@ -6,7 +6,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from uc3d_rt.views import TARGET_CAMERAS, Camera, camera_axes
+from uc3d_rt.mesh.projection import view_points
+from uc3d_rt.views import TARGET_CAMERAS
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
@@ -81,15 +82,6 @@ def rasterize_pixels(
         depth,
     )
     return face_id, weights, depth
-
-
-def view_points(vertices: NDArray[np.floating], camera: Camera, size_px: int) -> FloatArray:
-    """World vertices (V, 3) as pixel column, row and depth of an orthographic camera."""
-    right, up, back = camera_axes(camera)
-    half = 0.5 * size_px
-    columns = (vertices @ right + 1.0) * half
-    rows = (1.0 - vertices @ up) * half
-    return np.stack([columns, rows, camera.distance - vertices @ back], axis=1).astype(np.float32)
 
 
 def render_normals(

@@ -6,8 +6,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from uc3d_rt.mesh.bake import DEPTH_SLACK_PX
-from uc3d_rt.mesh.raster import rasterize_pixels, view_points
+from uc3d_rt.mesh.projection import DEPTH_SLACK_PX, view_points
+from uc3d_rt.mesh.raster import rasterize_pixels
 from uc3d_rt.mesh.surface import FloatArray, Surface
 from uc3d_rt.views import TARGET_CAMERAS, camera_axes
 
