@@ -70,7 +70,8 @@ DEVICE int rank_of(const Crossings& crossings, int bit, int axis) {
 // Which corners of the cube at a node are inside.
 DEVICE int case_of(const Row* rows, int bit) {
     int found = 0;
-    for (int corner = 0; corner < 8; ++corner) found |= (int)(rows[corner >> 1] >> (bit + (corner & 1)) & 1) << corner;
+    for (int corner = 0; corner < 8; ++corner)
+        found |= (int)(rows[corner >> 1] >> (bit + (corner & 1)) & 1) << corner;
     return found;
 }
 

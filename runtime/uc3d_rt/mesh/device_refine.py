@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uc3d_rt.device import Buffer, Device, Scope, cleared, uploaded
-from uc3d_rt.mesh.bake import DEPTH_SLACK_PX
 from uc3d_rt.mesh.device_extract import DeviceSurface, extract_surface_on_device, running_sums
 from uc3d_rt.mesh.device_raster import draw_winners
+from uc3d_rt.mesh.projection import DEPTH_SLACK_PX
 from uc3d_rt.mesh.refine import (
     AGREEMENT_POWER,
     ENOUGH,
