@@ -7,7 +7,7 @@
 #include "grid.cuh"
 
 #define VOLUME_ONE 72057594037927936.0  // 2^56; sums of volumes in fixed point may pass 64 bits on their way
-#define VOLUME_RUN 64                   // faces that one thread adds up
+#define VOLUME_RUN 32                   // faces that one thread adds up
 
 // The first vertex of a part; labels on the way are shortened.  Only a label that points to itself is ever
 // compared and swapped, and only others are shortened.

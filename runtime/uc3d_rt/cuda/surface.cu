@@ -153,7 +153,7 @@ DEVICE void place_vertex(
     const double b = value_at(sdf, r, voxel, least, y + (axis == 0), z + (axis == 1), x + (axis == 2));
     double place[3] = {y - 0.5, z - 0.5, x - 0.5};
     place[axis] += a / (a - b);
-    for (int c = 0; c < 3; ++c) vertex[c] = (float)(place[(c + 2) % 3] * voxel - 1.0);  // x, y, z
+    for (int c = 0; c < 3; ++c) vertex[c] = (float)(place[(c + 2) % 3] * (2.0 / r) - 1.0);  // x, y, z
 }
 
 // Writes them: first (2, side * side * words) says where those of a word begin.

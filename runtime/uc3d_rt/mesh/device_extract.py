@@ -20,7 +20,7 @@ NODES_A_WORD = 32
 RUN, SCAN_LANES = 64, 128
 """Counts that one thread adds up, and threads for all such sums: `cuda/scan.cu`."""
 
-VOLUME_RUN = 64
+VOLUME_RUN = 32
 """Faces whose volume one thread adds up: `cuda/parts.cu`."""
 
 
