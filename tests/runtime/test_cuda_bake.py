@@ -277,7 +277,8 @@ def test_all_memory_is_given_back(machine: Device, scene: Scene, what: dict[str,
 @pytest.mark.parametrize("texture", ["atlas", "vertex"])
 def test_a_mesh_of_a_device(machine: Device, device: Device, texture: str) -> None:
     color, normal = balls_views(96)
-    options = MeshOptions(texture=texture, faces=1500, texture_px=128)
+    faces = 1500 if texture == "atlas" else 0  # decimated, the two roads' vertices stand elsewhere
+    options = MeshOptions(texture=texture, faces=faces, texture_px=128)
     told: list[tuple[int, int]] = []
     field = balls_field(48)
     here = build_mesh(field, color, normal, options)
@@ -288,7 +289,7 @@ def test_a_mesh_of_a_device(machine: Device, device: Device, texture: str) -> No
     if texture == "vertex":  # their order is each road's own
         distance, nearest = KDTree(here.vertices).query(there.vertices)
         levels = [mesh.visual.vertex_colors.astype(float) for mesh in (there, here)]
-        assert distance.mean() < 0.02 and np.abs(levels[0] - levels[1][nearest]).mean() < 4
+        assert distance.mean() < 3e-3 and np.abs(levels[0] - levels[1][nearest]).mean() < 2
 
 
 def test_the_device_road_compiles_nothing() -> None:
