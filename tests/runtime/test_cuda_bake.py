@@ -289,7 +289,7 @@ def test_a_mesh_of_a_device(machine: Device, device: Device, texture: str) -> No
     if texture == "vertex":  # their order is each road's own
         distance, nearest = KDTree(here.vertices).query(there.vertices)
         levels = [mesh.visual.vertex_colors.astype(float) for mesh in (there, here)]
-        assert distance.mean() < 3e-3 and np.abs(levels[0] - levels[1][nearest]).mean() < 2
+        assert distance.mean() < 3e-3 and np.abs(levels[0] - levels[1][nearest]).mean() < 4
 
 
 def test_the_device_road_compiles_nothing() -> None:
