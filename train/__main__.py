@@ -461,6 +461,10 @@ def evaluate(
         raise click.UsageError("--azimuths is for --protocol viewpoint")
     if not text and (fid_weights is not None or clip is not None):
         raise click.UsageError("--fid-weights and --clip are for --protocol text")
+    if protocol in ("viewpoint", "text") and (train_objects is not None or index is not None):
+        raise click.UsageError(
+            f"--protocol {protocol} looks up no training object; leave out --train-objects and --index"
+        )
     if lpips_weights is not None and protocol in ("mesh", "normals", "text"):
         raise click.UsageError(f"--protocol {protocol} has no LPIPS; leave out --lpips-weights")
 
@@ -473,7 +477,7 @@ def evaluate(
 
     with plain_errors(ValueError, Uc3dError):
         found = list(read_prompts(folder)) if text else find_objects(folder)
-    with plain_errors(Uc3dError):
+    with plain_errors(Uc3dError, OSError):
         options = EvaluateOptions(
             bundle=bundle, objects=folder, out=out, train_objects=train_objects, index=index,
             meshes=not no_mesh, steps=steps, guidance=guidance, seed=seed, workers=workers,

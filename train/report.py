@@ -189,14 +189,12 @@ def markdown(summary: Record) -> str:
         for where, angles in NORMAL_COLUMNS.items():
             lines += [f"Normals, {where} (of each object, then the mean over objects):", ""]
             lines += [markdown_table(titles, None, angles), ""]
-    lines += [
-        "The ceiling's views are the true ones through the bundle's autoencoder; its meshes are fitted to "
-        "the true views.",
-    ]
-    if measures.meshes:
+    if measures.colors or measures.normals:
+        lines.append("The ceiling's views are the true ones through the bundle's autoencoder.")
+    if summary["settings"].get("meshes"):
         lines.append(
-            "Chamfer: mean of both mean nearest distances, the object's longest side = 1. "
-            "Nothing is aligned before it is measured."
+            "The ceiling's meshes are fitted to the true views. Chamfer: mean of both mean nearest "
+            "distances, the object's longest side = 1. Nothing is aligned before it is measured."
         )
     for row, reason in summary["left_out_rows"].items():
         lines.append(f"Left out: {ROWS[row]} ({reason}).")

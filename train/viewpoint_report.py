@@ -69,9 +69,12 @@ def viewpoint_markdown(summary: Record) -> str:
         lines.append(
             f"Views do not meet: no two of {count} azimuths differ by a multiple of 60°; give an even number."
         )
+    if summary["settings"]["meshes"]:
+        lines.append(
+            "Meshes: every two inputs, turned into one frame; the true views' row compares two samplings of "
+            "the true surface."
+        )
     lines += [
-        "Meshes: every two inputs, turned into one frame; the true views' row compares two samplings of the "
-        "true surface.",
         "Agreement says nothing of the truth: read it beside the first table.",
         *left_out_lines(summary),
     ]
