@@ -36,9 +36,9 @@ def contact_sheet(
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """A PNG that is whole or not there."""
+    """A file of the kind its name says, that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     picture.save(temporary)
     temporary.replace(path)
 

@@ -64,7 +64,11 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
     help="onnxruntime, tensorrt, tensorrt-rtx: what was built for it; bundle: its own files, fp32; "
     "auto: the first of these that fits.",
 )  # fmt: skip
-@click.option("--fit-device", help="Where fit and texture run: cpu, cuda or cuda:N; as --device if left out.")
+@click.option("--fit-device", help="Where the fit runs: cpu, cuda or cuda:N; as --device if left out.")
+@click.option(
+    "--mesh-device", default="cpu", show_default=True,
+    help="Where the surface is extracted and textured: cpu, or the device of the fit, whose kernels are new.",
+)  # fmt: skip
 @click.option(
     "--low-memory", is_flag=True,
     help="Call the UNet for one object where guidance would take two, and free each stage before the next: "
@@ -99,6 +103,7 @@ def command(
     device: str,
     backend: str,
     fit_device: str | None,
+    mesh_device: str,
     low_memory: bool,
     deterministic: bool,
     precision: str,
@@ -125,6 +130,7 @@ def command(
     pipeline = Pipeline.from_bundle(
         bundle, device, threads, backend,
         fit_device=fit_device, low_memory=low_memory, deterministic=deterministic, precision=precision,
+        mesh_device=mesh_device,
     )  # fmt: skip
     if not quiet and pipeline.choice is not None and (pipeline.choice.notable or device != "cpu"):
         click.echo(f"runs on {pipeline.choice}", err=True)

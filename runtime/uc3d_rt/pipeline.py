@@ -80,9 +80,11 @@ class Pipeline:
         backend: Backend,
         choice: Choice | None = None,
         fit_device: str = "cpu",
+        mesh_device: str = "cpu",
     ) -> None:
         self.bundle = bundle
         self.fit_device = fit_device
+        self.mesh_device = mesh_device
         self.choice = choice  # which backend it is, and why; None if it was given
         self.manifest = manifest
         self._backend = backend
@@ -100,6 +102,7 @@ class Pipeline:
         low_memory: bool = False,
         deterministic: bool = False,
         precision: str = "auto",
+        mesh_device: str = "cpu",
     ) -> Pipeline:
         """Open a bundle; None is the one that ships.
 
@@ -117,10 +120,11 @@ class Pipeline:
                 GPU it is what `python -m export build-engines --deterministic` built.
             precision: "fp16", "int8" or "fp8": run engines of that precision and no others; "auto" takes
                 fp16 before others.
+            mesh_device: where the surface is extracted and textured: "cpu", or the device of the fit.
 
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.
-            UsageError: unknown device, backend or precision, or `threads` below 1.
+            UsageError: unknown device, backend or precision, a mesh apart from the fit, or `threads` below 1.
             BackendError: a device or backend asked for cannot run here.
         """
         asked, (device, why) = device, chosen_device(device)
@@ -146,9 +150,13 @@ class Pipeline:
                 if asked != "auto" or fit_device is not None:
                     raise
                 fit_place, why = Place("cpu"), f"{why}; the fit runs on the CPU: {error}"
+        if mesh_device not in ("cpu", str(fit_place)):
+            raise UsageError(
+                f"the mesh is made on the CPU or where the fit runs ({fit_place}), not on {mesh_device!r}"
+            )
         if asked == "auto":
             choice = replace(choice, reason=f"{why}; {choice.reason}", notable=True)
-        return cls(bundle, manifest, choice.backend, choice, str(fit_place))
+        return cls(bundle, manifest, choice.backend, choice, str(fit_place), mesh_device)
 
     def __call__(
         self,
@@ -257,7 +265,8 @@ class Pipeline:
                 device = opened.enter_context(self._fit_device())
                 surface = fit(views.color, views.normal, fit_options, tick, device)
             with clock.stage("mesh") as tick:
-                mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick, device)
+                there = device if self.mesh_device != "cpu" else None
+                mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick, there)
         return Result(views, mesh, {**views.timings, **clock.seconds}, views.notes)
 
     def __enter__(self) -> Pipeline:

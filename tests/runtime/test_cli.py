@@ -171,16 +171,21 @@ def test_help_names_every_option(run_cli: Run) -> None:
 @pytest.mark.parametrize(
     "given, expected",
     [
-        ((), {"fit_device": None, "low_memory": False, "deterministic": False}),
-        (("--low-memory",), {"fit_device": None, "low_memory": True, "deterministic": False}),
-        (("--deterministic",), {"fit_device": None, "low_memory": False, "deterministic": True}),
-        (("--fit-device", "cuda"), {"fit_device": "cuda", "low_memory": False, "deterministic": False}),
+        ((), {}),
+        (("--low-memory",), {"low_memory": True}),
+        (("--deterministic",), {"deterministic": True}),
+        (("--fit-device", "cuda", "--mesh-device", "cuda"), {"fit_device": "cuda", "mesh_device": "cuda"}),
+        (("--precision", "fp8"), {"precision": "fp8"}),
     ],
 )
 def test_options_reach_the_pipeline(
     run_cli: Run, object_png: Path, tmp_path: Path, given: tuple[str, ...], expected: dict[str, object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    usual: dict[str, object] = {
+        "fit_device": None, "mesh_device": "cpu", "low_memory": False, "deterministic": False,
+        "precision": "auto",
+    }  # fmt: skip
     heard: list[dict[str, object]] = []
 
     def told(*_: object, **options: object) -> None:
@@ -189,7 +194,7 @@ def test_options_reach_the_pipeline(
 
     monkeypatch.setattr(pipeline.Pipeline, "from_bundle", told)
     code, _, err = run_cli(object_png, "-o", tmp_path / "m.glb", *given)
-    assert code == errors.UsageError.exit_code and err == "error: enough\n" and heard == [expected]
+    assert code == errors.UsageError.exit_code and err == "error: enough\n" and heard == [usual | expected]
 
 
 def test_version(run_cli: Run) -> None:

@@ -79,17 +79,18 @@ def digest(result: Result) -> str:
     return hashlib.sha256(result.mesh.export(file_type="glb")).hexdigest()
 
 
-def test_the_fit_on_a_device_gives_the_mesh_of_the_cpu(
-    tiny_bundle: Path, devices: list[OpenDevice], views: Views
+@pytest.mark.parametrize("mesh_device", ["cpu", "cuda"])
+def test_a_device_gives_the_mesh_of_the_cpu(
+    tiny_bundle: Path, devices: list[OpenDevice], views: Views, mesh_device: str
 ) -> None:
-    def mesh_of(fit_device: str) -> trimesh.Trimesh:
-        pipeline = Pipeline.from_bundle(tiny_bundle, fit_device=fit_device)
+    def mesh_of(fit_device: str, mesh_device: str = "cpu") -> trimesh.Trimesh:
+        pipeline = Pipeline.from_bundle(tiny_bundle, fit_device=fit_device, mesh_device=mesh_device)
         colored = MeshOptions(texture="vertex", faces=0)
         return pipeline.reconstruct(views, fit_options=FAST, mesh_options=colored).mesh
 
     here = mesh_of("cpu")
     assert not devices  # none was asked for
-    there = mesh_of("cuda")
+    there = mesh_of("cuda", mesh_device)
     assert len(devices) == 1 and devices[0].closed
     np.testing.assert_allclose(here.extents, 2 * SEMI_AXES, atol=0.1)
     np.testing.assert_allclose(there.bounds, here.bounds, atol=0.02)
@@ -131,7 +132,7 @@ def test_low_memory_keeps_no_device(tiny_bundle: Path, devices: list[OpenDevice]
 def test_a_device_that_fails_gives_its_memory_back(
     tiny_bundle: Path, devices: list[OpenDevice], views: Views, kernel: str
 ) -> None:
-    with Pipeline.from_bundle(tiny_bundle, fit_device="cuda") as pipeline:
+    with Pipeline.from_bundle(tiny_bundle, fit_device="cuda", mesh_device="cuda") as pipeline:
         first = digest(made(pipeline, views))
         devices[0].fails_at = kernel
         with pytest.raises(BackendError, match="no memory left"):
@@ -167,6 +168,15 @@ def test_the_fit_goes_where_the_networks_go_unless_told(tiny_bundle: Path) -> No
     for name in ("gpu", "cpu:1", "cuda:", "cuda:x", "cuda:-1", "auto"):
         with pytest.raises(UsageError, match=f"unknown device '{name}'; choose cpu, cuda, or cuda:N"):
             Pipeline.from_bundle(tiny_bundle, fit_device=name)
+
+
+def test_the_mesh_is_made_on_the_cpu_or_where_the_fit_runs(
+    tiny_bundle: Path, devices: list[OpenDevice]
+) -> None:
+    assert Pipeline.from_bundle(tiny_bundle, fit_device="cuda").mesh_device == "cpu"
+    for fit_device, mesh_device in (("cpu", "cuda"), ("cuda", "cuda:1"), ("cuda", "gpu")):
+        with pytest.raises(UsageError, match="on the CPU or where the fit runs"):
+            Pipeline.from_bundle(tiny_bundle, fit_device=fit_device, mesh_device=mesh_device)
 
 
 def test_pipelines_side_by_side_give_what_each_gives_alone(tiny_bundle: Path) -> None:
