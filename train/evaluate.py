@@ -36,6 +36,7 @@ from train.report import (
     ROWS,
     Column,
     Record,
+    counted,
     markdown,
     progress_line,
     record_names,
@@ -162,6 +163,8 @@ def _report(
             columns = NORMAL_COLUMNS["over both silhouettes"]
         text = markdown(summary)
     by_title = {titles[row]: values for row, values in summary["rows"].items()}
+    for row, values in summary.get("agreement", {}).items():
+        by_title[f"{titles[row]}, agreement between inputs"] = values
     return Report(summary, text, by_title, columns, records)
 
 
@@ -187,8 +190,8 @@ def _gallery(
         f"guidance {s['guidance']:g}, seed {s['seed']}. All figures: metrics.md.",
         PICTURES[options.protocol if options.protocol in PICTURES else "all"],
     ]
-    kind = "pictures" if options.protocol == "text" else "objects"
-    title = f"Evaluation of {s['bundle']}: {report.summary['objects']} {kind}"
+    kind = "picture" if options.protocol == "text" else "object"
+    title = f"Evaluation of {s['bundle']}: {counted(report.summary['objects'], kind)}"
     return gallery_page(
         title, lines, report.rows, report.columns, report.records, figures, options.measures.main, subtitles
     )

@@ -182,19 +182,28 @@ def clip_score(folder: Path, device: str = "cpu") -> TextMetric:
     """
     with _installed():
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoTokenizer, CLIPModel
     local: dict[str, Any] = {"local_files_only": True}
     try:
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True, **local).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        # Without it the library would take the sizes of a usual one.
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError("config.json is missing")
         told = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
         mean, std = (np.array(told[name], np.float32) for name in ("image_mean", "image_std"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        model, found = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **local
+        )
+        # The library would fill what is missing with random numbers.
+        if found["missing_keys"]:
+            raise ValueError(f"no weights of {min(found['missing_keys'])}")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(
             f"{folder} is no whole CLIPModel ({first_line(error)}); give a folder with config.json, "
             "model.safetensors, preprocessor_config.json and the tokenizer's files"
         ) from error
-
+    model = model.to(device).eval()
     side = int(model.config.vision_config.image_size)
 
     def pixels(images: Sequence[ByteArray]) -> torch.Tensor:

@@ -169,8 +169,8 @@ def test_pictures_of_prompts(tmp_path: Path, tiny_bundle: Path, monkeypatch: pyt
     rows = summary_of(out)["rows"]
     assert set(rows) == {"views", "mesh", "pictures"} and "fid" not in rows["pictures"]
     with (
-        Image.open(out / "gallery" / "blue_views.png") as a,
-        Image.open(out / "gallery" / "red_views.png") as b,
+        Image.open(out / "scored" / "blue" / "views.png") as a,
+        Image.open(out / "scored" / "red" / "views.png") as b,
     ):
         bright = [np.asarray(image.convert("RGB")).mean() / 255 for image in (a, b)]
     assert rows["views"]["clip"] == pytest.approx(np.mean(bright), rel=1e-6)
@@ -187,17 +187,23 @@ def test_pictures_of_prompts(tmp_path: Path, tiny_bundle: Path, monkeypatch: pyt
     [
         (None, "prompts.csv is missing"),
         ("file,words\nblue.png,x\n", "it needs file and prompt"),
-        ("file,prompt\nred.png,a thing\n", "no such picture"),
-        ("file,prompt\nblue.png,\n", "no prompt"),
+        ("file,prompt\nred.png,a thing\n", "there is no picture 'red.png'"),
+        ("file,prompt\nblue.png,\n", "blue.png has no prompt"),
+        ("file,prompt\n/blue.png,a thing\n", "is outside of"),
+        ("file,prompt\n../pictures/blue.png,a thing\n", "is outside of"),
+        ('file,prompt\nblue.png,"a thing\n', "unexpected end of data"),
+        (b"file,prompt\nblue.png,caf\xe9\n", "write it as UTF-8"),
         ("file,prompt\nblue.png,a\nblue.png,b\n", "there twice"),
         ("file,prompt\n", "names no pictures"),
     ],
 )
-def test_prompts_that_do_not_fit(tmp_path: Path, tiny_bundle: Path, prompts: str | None, told: str) -> None:
+def test_prompts_that_do_not_fit(
+    tmp_path: Path, tiny_bundle: Path, prompts: str | bytes | None, told: str
+) -> None:
     pictures = made_pictures(tmp_path / "pictures", ["blue.png"])
     (pictures / "prompts.csv").unlink()
     if prompts is not None:
-        (pictures / "prompts.csv").write_text(prompts, encoding="utf-8")
+        (pictures / "prompts.csv").write_bytes(prompts if isinstance(prompts, bytes) else prompts.encode())
     result = run(
         "--bundle", tiny_bundle, "--pictures", pictures, "--out", tmp_path / "o", "--protocol", "text"
     )
@@ -213,6 +219,9 @@ def test_prompts_that_do_not_fit(tmp_path: Path, tiny_bundle: Path, prompts: str
         (["--clip", "."], "for --protocol text"),
         (["--protocol", "normals", "--lpips-weights", __file__], "has no LPIPS"),
         (["--protocol", "views", "--lpips-weights", __file__], "test_protocols.py"),
+        (["--protocol", "views", "--workers", "2", "--lpips-weights", __file__], "test_protocols.py"),
+        (["--protocol", "viewpoint", "--index", "index.npz"], "leave out --train-objects and --index"),
+        (["--train-objects", str(Path(__file__).parent)], "holds no object"),
         (["--device", "gpu"], "unknown device"),
     ],
 )
