@@ -49,7 +49,7 @@ from train.text import COLUMNS as TEXT_COLUMNS
 from train.text import ROWS as TEXT_ROWS
 from train.text import Scores, read_prompts, scored, scores_from, text_markdown, text_summary
 from train.viewpoint_report import ROWS as VIEWPOINT_ROWS
-from train.viewpoint_report import viewpoint_markdown, viewpoint_summary
+from train.viewpoint_report import agreeing, viewpoint_markdown, viewpoint_summary
 from uc3d_rt.contract import load_manifest
 from uc3d_rt.errors import UsageError
 
@@ -163,8 +163,9 @@ def _report(
             columns = NORMAL_COLUMNS["over both silhouettes"]
         text = markdown(summary)
     by_title = {titles[row]: values for row, values in summary["rows"].items()}
-    for row, values in summary.get("agreement", {}).items():
-        by_title[f"{titles[row]}, agreement between inputs"] = values
+    if options.protocol == "viewpoint":
+        for row, values in agreeing(summary).items():
+            by_title[f"{titles[row]}, agreement between inputs"] = values
     return Report(summary, text, by_title, columns, records)
 
 
