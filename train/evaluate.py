@@ -95,11 +95,11 @@ def evaluate(
             train_files = find_objects(folder)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    settings = _check_settings(options, train_files, say)
-    # Weights that do not fit are told before hours of work, and by this process.
+    # Weights that do not fit are told before hours of work, by this process, and before OUT is begun.
     scores = scores_from(options.weights, options.device) if options.protocol == "text" else Scores()
     if "lpips" in options.networks and options.weights.lpips is not None:
         lpips_metric(options.weights.lpips)
+    settings = _check_settings(options, train_files, say)
     missing = [path for path in files if not _is_measured(record_path(options.out, names[path]))]
     if missing:
         index = None

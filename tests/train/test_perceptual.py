@@ -93,8 +93,11 @@ def test_weights_are_read_but_never_unpickled(tmp_path: Path) -> None:
     torch.save(Weights(), tmp_path / "object.pth")
     torch.save({"a": 1}, tmp_path / "number.pth")
     (tmp_path / "text.pth").write_text("no weights", encoding="utf-8")
+    (tmp_path / "junk.pth").write_text(
+        "junk\n", encoding="utf-8"
+    )  # an opcode that looks up what is not there
     (tmp_path / "text.safetensors").write_text("no weights", encoding="utf-8")
-    for name in ("object.pth", "number.pth", "text.pth", "text.safetensors", "missing.pth"):
+    for name in ("object.pth", "number.pth", "text.pth", "junk.pth", "text.safetensors", "missing.pth"):
         with pytest.raises(UsageError, match=name.replace(".", r"\.")):
             tensors_of(tmp_path / name)
 
