@@ -417,7 +417,7 @@ def gallery(
     type=click.Choice(["all", "views", "mesh", "normals", "viewpoint", "text"]),
     default="all",
     show_default=True,
-    help="What is measured: as the paper's tables; see docs/training.md.",
+    help="What is measured: as the paper's tables; see docs/evaluation.md.",
 )
 @limit_option
 @click.option("--no-mesh", is_flag=True, help="Fit no meshes: measure the views alone.")
