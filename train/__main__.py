@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from train.vae import Vae
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+WEIGHTS = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT = click.Path(file_okay=False, path_type=Path)
 
 profile_option = click.option(
@@ -406,10 +407,23 @@ def gallery(
 
 @cli.command()
 @click.option("--bundle", type=FOLDER, required=True, help="Folder with a manifest.json.")
-@objects_option
+@click.option("--objects", type=FOLDER, help="Folder of GLB, OBJ or PLY files, searched recursively.")
+@click.option(
+    "--pictures", type=FOLDER, help="text only: a folder of pictures with prompts.csv (file,prompt)."
+)
 @click.option("--out", type=OUT, required=True, help="Objects already measured there are kept.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["all", "views", "mesh", "normals", "viewpoint", "text"]),
+    default="all",
+    show_default=True,
+    help="What is measured: as the paper's tables; see docs/training.md.",
+)
 @limit_option
-@click.option("--no-mesh", is_flag=True, help="Measure the views alone.")
+@click.option("--no-mesh", is_flag=True, help="Fit no meshes: measure the views alone.")
+@click.option(
+    "--azimuths", type=click.IntRange(min=2), help="viewpoint only: inputs of each object; default: 16."
+)
 @click.option(
     "--train-objects",
     type=FOLDER,
@@ -420,29 +434,53 @@ def gallery(
     type=click.Path(dir_okay=False, path_type=Path),
     help="Features of the training objects, made once; default: train_index.npz beside OUT.",
 )
+@click.option("--lpips-weights", type=WEIGHTS, help="For LPIPS: torchvision's AlexNet or VGG-16.")
+@click.option("--fid-weights", type=WEIGHTS, help="text only, for FID: torch-fidelity's InceptionV3.")
+@click.option(
+    "--clip", type=FOLDER, help="text only, for the CLIP score: a folder of a transformers CLIPModel."
+)
+@click.option("--device", default="cpu", show_default=True, help="Of networks and fit: cpu, cuda or cuda:N.")
 @click.option("--steps", type=int, help="Default: the bundle's.")
 @click.option("--guidance", type=float, help="Default: the bundle's.")
 @click.option("--seed", default=0, show_default=True, help="Of the input views, the noise and the fit.")
 @click.option("--workers", default=1, show_default=True, help="Processes; they share the cores.")
 def evaluate(
-    bundle: Path, objects: Path, out: Path, limit: int | None, no_mesh: bool, train_objects: Path | None,
-    index: Path | None, steps: int | None, guidance: float | None, seed: int, workers: int,
+    bundle: Path, objects: Path | None, pictures: Path | None, out: Path, protocol: str, limit: int | None,
+    no_mesh: bool, azimuths: int | None, train_objects: Path | None, index: Path | None,
+    lpips_weights: Path | None, fid_weights: Path | None, clip: Path | None, device: str,
+    steps: int | None, guidance: float | None, seed: int, workers: int,
 ) -> None:  # fmt: skip
-    """Measure a bundle on objects not trained on, beside baselines and a ceiling, on the CPU."""
-    from train.evaluate import EvaluateOptions
+    """Measure a bundle on objects not trained on, beside baselines and a ceiling."""
+    text = protocol == "text"
+    folder = pictures if text else objects
+    if folder is None or (objects if text else pictures) is not None:
+        raise click.UsageError(
+            f"--protocol {protocol} takes {'--pictures' if text else '--objects'}, a folder"
+        )
+    if azimuths is not None and protocol != "viewpoint":
+        raise click.UsageError("--azimuths is for --protocol viewpoint")
+    if not text and (fid_weights is not None or clip is not None):
+        raise click.UsageError("--fid-weights and --clip are for --protocol text")
+    if lpips_weights is not None and protocol in ("mesh", "normals", "text"):
+        raise click.UsageError(f"--protocol {protocol} has no LPIPS; leave out --lpips-weights")
+
     from train.evaluate import evaluate as run
-    from train.metrics import markdown
     from train.objects import find_objects
+    from train.perceptual import Weights
+    from train.protocols import AZIMUTHS, EvaluateOptions
+    from train.text import read_prompts
     from uc3d_rt.errors import Uc3dError
 
-    with plain_errors(ValueError):
-        files = limited(find_objects(objects), limit)
+    with plain_errors(ValueError, Uc3dError):
+        found = list(read_prompts(folder)) if text else find_objects(folder)
     with plain_errors(Uc3dError):
         options = EvaluateOptions(
-            bundle=bundle, objects=objects, out=out, train_objects=train_objects, index=index,
+            bundle=bundle, objects=folder, out=out, train_objects=train_objects, index=index,
             meshes=not no_mesh, steps=steps, guidance=guidance, seed=seed, workers=workers,
+            protocol=protocol, azimuths=azimuths or AZIMUTHS, device=device,
+            weights=Weights(lpips=lpips_weights, fid=fid_weights, clip=clip),
         )  # fmt: skip
-        click.echo(markdown(run(options, files)))
+        click.echo(run(options, limited(found, limit)).markdown)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,15 @@ def chamfer(mesh: Triangles, truth: Triangles, samples: int = SAMPLES) -> float:
     """
     from scipy.spatial import cKDTree
 
-    scale = 1.0 / float(np.ptp(_corners(truth).reshape(-1, 3), axis=0).max())
+    scale = 1.0 / longest_side(truth)
     a = surface_points(truth, samples, seed=0) * scale
     b = surface_points(mesh, samples, seed=1) * scale
     return float(0.5 * (cKDTree(a).query(b)[0].mean() + cKDTree(b).query(a)[0].mean()))
+
+
+def longest_side(mesh: Triangles) -> float:
+    """Of the box of all triangles."""
+    return float(np.ptp(_corners(mesh).reshape(-1, 3), axis=0).max())
 
 
 def surface_points(mesh: Triangles, samples: int, seed: int) -> FloatArray:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train.dataset import ground_truth
 from train.trainer import Watch
+from train.truth import ground_truth
 from uc3d_rt.contract import FOCAL_UNKNOWN
 from uc3d_rt.preprocess import frame_object
 from uc3d_rt.views import decode_normals
