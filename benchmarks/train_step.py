@@ -15,11 +15,13 @@ import time
 import click
 import torch
 
+from train.average import update_average
 from train.cache import LatentCache
 from train.model import MultiviewModel
 from train.optimizer import build_optimizers
 from train.presets import PRESETS
-from train.trainer import compile_model, make_accelerator, step_generator, update_average
+from train.schedule import step_generator
+from train.trainer import compile_model, make_accelerator
 from train.vae import Vae
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from uc3d_rt.contract import ModelShape, NoiseSchedule, SamplingDefaults
 from uc3d_rt.views import NUM_VIEWS
@@ -302,3 +303,8 @@ SDXL = Preset(
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (EDGE, TOY, SDXL)}
+
+
+def with_train(preset: Preset, **changes: Any) -> Preset:
+    """A preset with some of its optimisation settings replaced; None leaves one as it is."""
+    return replace(preset, train=replace(preset.train, **{k: v for k, v in changes.items() if v is not None}))

@@ -1,6 +1,6 @@
-"""Training: the autoencoder, then the multiview model on cached latents.
+"""Training of the multiview model on cached latents.
 
-`accelerate` places both on one or many GPUs.  Every step draws its data, noise and timesteps from a
+`accelerate` places it on one or many GPUs.  Every step draws its data, noise and timesteps from a
 generator seeded by (seed, rank, step), so a resumed run goes on exactly as the one that stopped.
 """
 
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
@@ -21,6 +19,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
+from train.average import full_average, update_average
 from train.cache import LatentCache, reload_cache, shard_names
 from train.checkpoint import (
     CheckpointError,
@@ -30,27 +29,14 @@ from train.checkpoint import (
     read_tensors,
     restore_optimizers,
     save_checkpoint,
-    save_vae,
 )
-from train.metrics import normal_error_deg, psnr, silhouette_iou
 from train.model import MultiviewModel
 from train.multiview_unet import MultiviewBlock, MultiviewUNet
 from train.optimizer import build_optimizers
 from train.presets import Preset
-from train.sampling import sample_views
-from train.sheets import contact_sheet, loss_curves, view_row
-from train.vae import Vae, vae_loss
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Objects kept out of training, looked at while it runs."""
-
-    picture: np.ndarray  # (n, H, W, 3) uint8, framed inputs
-    focal: np.ndarray  # (n,)
-    color: np.ndarray  # (n, 6, H, W, 3) in [0, 1]
-    normal: np.ndarray  # (n, 6, H, W, 3) unit normals
-    mask: np.ndarray  # (n, 6, H, W)
+from train.schedule import Planner, learning_rate, step_generator
+from train.sheets import loss_curves
+from train.watch import Watch, look
 
 
 @dataclass(frozen=True)
@@ -79,143 +65,6 @@ def make_accelerator(bf16_gradients: bool = False) -> Accelerator:
     )
     return Accelerator(
         mixed_precision="bf16" if torch.cuda.is_available() else "no", kwargs_handlers=[distributed]
-    )
-
-
-def step_generator(device: torch.device, seed: int, rank: int, step: int) -> torch.Generator:
-    """All random numbers of one step on one process."""
-    key = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device=device).manual_seed(int(key) >> 1)
-
-
-def learning_rate(step: int, total: int, warmup: int, peak: float, final: float) -> float:
-    """Linear warm-up, then a cosine from `peak` to `final` at `total`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final + 0.5 * (peak - final) * (1.0 + math.cos(math.pi * progress))
-
-
-class Planner:
-    """Fixes the number of steps: given, or what fits into the minutes at the speed measured.
-
-    The speed is the mean since the first look, when compiling is over: other work on the machine
-    comes and goes, and a few slow steps must not end a run early.
-    """
-
-    def __init__(self, steps: int, minutes: float | None, first: int = 200, every: int = 120) -> None:
-        self.total, self.minutes, self.first, self.every = steps, minutes, first, every
-        self.begin = self.mark = time.monotonic()
-
-    def update(self, step: int, accelerator: Accelerator) -> None:
-        """Call after every step of a run that counts from 0; the main process decides for all."""
-        since = step - self.first
-        if self.minutes is None or since < 0 or since % self.every:
-            return
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.monotonic()
-        if since == 0:
-            self.mark = now
-            return
-        rate = since / (now - self.mark)
-        left = self.minutes * 60 - (now - self.begin)
-        decided = torch.tensor([step + max(1, int(rate * left))], device=accelerator.device)
-        if accelerator.num_processes > 1:
-            torch.distributed.broadcast(decided, 0)
-        self.total = int(decided.item())
-        if since == self.every or since % (10 * self.every) == 0:
-            accelerator.print(
-                f"{rate:.2f} steps/s: {self.total} steps fit into {self.minutes} minutes", flush=True
-            )
-
-
-def train_vae(
-    preset: Preset,
-    images: Tensor,
-    out: Path,
-    *,
-    steps: int,
-    minutes: float | None,
-    batch: int,
-    lr: float,
-    seed: int,
-) -> Vae:
-    """Train the autoencoder on images (n, H, W, 3) uint8 that lie on this process's device."""
-    accelerator = Accelerator(mixed_precision="bf16" if images.is_cuda else "no")
-    torch.manual_seed(seed)
-    vae = Vae(preset.vae).to(accelerator.device)
-    if images.is_cuda:
-        vae = vae.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    step_of = accelerator.prepare_model(_VaeStep(vae)) if accelerator.num_processes > 1 else _VaeStep(vae)
-    planner = Planner(steps, minutes)
-    progress = tqdm(total=steps, desc="vae", disable=not accelerator.is_main_process, mininterval=5)
-    average: dict[str, Tensor] = {}
-    step = 0
-    while step < planner.total:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, planner.total, min(200, planner.total // 5), lr, lr * 0.02)
-        generator = step_generator(accelerator.device, seed, accelerator.process_index, step)
-        rows = torch.randint(images.shape[0], (batch,), device=images.device, generator=generator)
-        picture = images[rows].permute(0, 3, 1, 2).float() / 255.0
-        with accelerator.autocast():
-            loss = step_of(picture, generator)
-        accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_average(average, vae, min(0.999, (1 + step) / (10 + step)))
-        step += 1
-        planner.update(step, accelerator)
-        progress.total = planner.total
-        progress.update()
-        if step % 200 == 0:
-            progress.set_postfix(loss=f"{float(loss.detach()):.4f}")
-    progress.close()
-    vae.load_state_dict(average | {k: v for k, v in vae.state_dict().items() if k not in average})
-    vae.eval().requires_grad_(False)
-    generator = step_generator(accelerator.device, seed, 0, 1 << 30)
-    rows = torch.randint(images.shape[0], (2048,), device=images.device, generator=generator)
-    picture = images[rows].permute(0, 3, 1, 2).float() / 255.0
-    vae.normalize_latents(picture)
-    if accelerator.is_main_process:
-        with torch.no_grad():
-            decoded = torch.cat(
-                [vae.decode(vae.encode(part)).clamp(0, 1) for part in picture[:512].split(64)]
-            )
-        error = (decoded - picture[:512]).square().mean(dim=(1, 2, 3)).cpu().numpy()
-        quality = float(np.mean(-10 * np.log10(error)))
-        print(f"vae: {step} steps, mean PSNR {quality:.2f} dB on training images", flush=True)
-        if not quality >= 15.0:
-            raise FloatingPointError(
-                f"the autoencoder collapsed ({quality:.1f} dB); lower the learning rate, or train longer"
-            )
-        save_vae(vae, out)
-    accelerator.wait_for_everyone()
-    return vae
-
-
-class _VaeStep(torch.nn.Module):
-    """The loss as a forward pass, for the distributed wrapper."""
-
-    def __init__(self, vae: Vae) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        return vae_loss(self.vae, picture, generator=generator)
-
-
-@torch.no_grad()
-def update_average(average: dict[str, Tensor], model: torch.nn.Module, decay: float) -> None:
-    """Exponential moving average of the parameters, in float32, in place."""
-    named = dict(model.named_parameters())
-    if not average:
-        average.update({name: value.detach().float().clone() for name, value in named.items()})
-        return
-    torch._foreach_lerp_(
-        list(average.values()), [named[name].detach().float() for name in average], 1.0 - decay
     )
 
 
@@ -390,48 +239,3 @@ def check_resumable(folder: Path, state: dict[str, Any], preset: Preset, batch: 
             f"{folder} was trained with other settings ({'; '.join(changed)}); "
             "resume with the same ones, or begin anew with --start-from"
         )
-
-
-def full_average(average: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
-    """The averaged parameters with the buffers that need no average."""
-    return {name: average.get(name, value).detach() for name, value in model.state_dict().items()}
-
-
-def look(
-    preset: Preset,
-    weights: dict[str, Tensor],
-    vae: torch.nn.Module,
-    watch: Watch,
-    path: Path,
-    steps: int = 25,
-) -> None:
-    """Sample the watched objects with the averaged weights; write a sheet and print the figures."""
-    device = next(vae.parameters()).device
-    model = MultiviewModel(preset).to(device).eval()
-    model.load_state_dict(weights)
-    picture = torch.from_numpy(watch.picture).to(device).permute(0, 3, 1, 2).float() / 255.0
-    focal = torch.from_numpy(watch.focal).to(device)
-    for guidance in (1.0, preset.sampling.guidance):
-        sampling = replace(preset.sampling, steps=steps, guidance=guidance)
-        color, normal, mask = sample_views(model, vae, picture, focal, sampling)
-        figures = {
-            "psnr": np.mean([psnr(a, b) for a, b in zip(color, watch.color, strict=True)]),
-            "iou": np.mean([silhouette_iou(a, b) for a, b in zip(mask, watch.mask, strict=True)]),
-            "normal_deg": np.nanmean(
-                [normal_error_deg(*pair) for pair in zip(normal, watch.normal, mask, watch.mask, strict=True)]
-            ),
-        }
-        print(
-            f"{path.stem} guidance {guidance}: " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()),
-            flush=True,
-        )
-    rows = [
-        [view_row(color[i], normal[i]), view_row(watch.color[i], watch.normal[i])]
-        for i in range(min(16, len(color)))
-    ]
-    contact_sheet(path, list(watch.picture[:16]), rows)
-
-
-def with_train(preset: Preset, **changes: Any) -> Preset:
-    """A preset with some of its optimisation settings replaced; None leaves one as it is."""
-    return replace(preset, train=replace(preset.train, **{k: v for k, v in changes.items() if v is not None}))

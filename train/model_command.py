@@ -1,0 +1,121 @@
+"""`python -m train model`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from train.options import (
+    FOLDER,
+    OUT,
+    autoencoder,
+    device_name,
+    minutes_option,
+    plain_errors,
+    pretrained_option,
+    profile_option,
+    seed_option,
+    training_objects,
+    vae_option,
+)
+from train.presets import PRESETS, with_train
+
+
+@click.command()
+@profile_option
+@vae_option
+@pretrained_option
+@click.option(
+    "--cache", "cache_folder", type=FOLDER, required=True, help="What `python -m train cache` wrote."
+)
+@click.option(
+    "--objects", type=FOLDER, help="The same folder; draws sample sheets of the objects kept aside."
+)
+@click.option("--out", type=OUT, required=True, help="Gets checkpoint/, log.jsonl, loss.png and sheet-*.png.")
+@click.option("--steps", type=int, help="Default: the profile's.")
+@minutes_option
+@click.option("--batch", type=int, help="Objects a step and device; default: the profile's.")
+@click.option("--lr", type=float, help="Peak learning rate; default: the profile's.")
+@click.option("--lambda-var", type=float, help="Weight of L_Var in Eq. 18; 0 turns it off.")
+@click.option("--lambda-mi", type=float, help="Weight of L_MI in Eq. 18; 0 turns it off.")
+@seed_option
+@click.option("--save-every", default=1000, show_default=True, help="Steps between checkpoints.")
+@click.option("--sheet-every", default=1000, show_default=True, help="Steps between sample sheets.")
+@click.option(
+    "--compile", "compile_", type=click.Choice(["blocks", "unet"]),
+    help="Compile the UNet's repeated blocks, or all of it at once (minutes at the start).",
+)  # fmt: skip
+@click.option("--bf16-gradients", is_flag=True, help="Processes exchange gradients in bfloat16.")
+@click.option(
+    "--growing-cache",
+    is_flag=True,
+    help="Follow --cache: its shards may be added to and replaced while training runs.",
+)
+@click.option(
+    "--gradient-checkpointing/--no-gradient-checkpointing",
+    default=None,
+    help="Recompute the UNet's blocks in the backward pass: less memory, more time.",
+)
+@click.option("--resume", is_flag=True, help="Go on from OUT/checkpoint, exactly; same options as before.")
+@click.option("--start-from", type=FOLDER, help="Begin with a checkpoint's averaged weights.")
+def model(
+    profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path, objects: Path | None,
+    out: Path, steps: int | None, minutes: float | None, batch: int | None, lr: float | None,
+    lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int, sheet_every: int,
+    compile_: str | None, bf16_gradients: bool, growing_cache: bool, gradient_checkpointing: bool | None,
+    resume: bool, start_from: Path | None,
+) -> None:  # fmt: skip
+    """Train the regularised multiview model on cached latents (Eq. 18)."""
+    if resume and start_from is not None:
+        raise click.UsageError("--resume goes on with OUT/checkpoint, --start-from begins anew; give one")
+
+    from dataclasses import replace
+
+    import torch
+    from accelerate import PartialState
+
+    from train.cache import load_cache
+    from train.checkpoint import CheckpointError, finish_interrupted_save, load_state
+    from train.trainer import RunOptions, check_resumable, train_model
+    from train.watch import watched
+
+    if bf16_gradients and not torch.cuda.is_available():
+        raise click.UsageError("--bf16-gradients is for several CUDA devices; leave it out")
+    state, unet = PartialState(), None
+    with plain_errors():
+        losses = PRESETS[profile].train.losses
+        chosen = {"lambda_var": lambda_var, "lambda_mi": lambda_mi}
+        losses = replace(losses, **{name: value for name, value in chosen.items() if value is not None})
+        preset = with_train(
+            PRESETS[profile], batch=batch, steps=steps, lr=lr, losses=losses,
+            gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+        checkpoint = out / "checkpoint"
+        if resume:
+            record = load_state(checkpoint)
+            check_resumable(checkpoint, record, preset, preset.train.batch * state.num_processes, seed)
+        else:
+            finish_interrupted_save(checkpoint)
+            if checkpoint.exists():
+                raise click.UsageError(
+                    f"{checkpoint} exists; go on from it with --resume, or choose another --out"
+                )
+        net = autoencoder(preset, vae_folder, pretrained).to(state.device)
+        if pretrained is not None and not resume:
+            from train.pretrained import load_sdxl_unet
+
+            unet = load_sdxl_unet(pretrained, preset.unet)
+        data = load_cache(cache_folder, net, state.device)
+        state.print(f"{data.z_0.shape[0]} variants of {data.objects} objects")
+        aside = training_objects(objects)[1][:40] if objects is not None and state.is_main_process else []
+        watch = watched(aside, device_name(state), preset.vae.image_px) if aside else None
+    if objects is not None and not aside:
+        state.print("no object is kept aside (about 1 in 50 is), so no sample sheets will be drawn")
+    options = RunOptions(
+        out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
+        bf16_gradients=bf16_gradients, resume=resume, start_from=start_from,
+        refresh_from=cache_folder if growing_cache else None,
+    )  # fmt: skip
+    with plain_errors(CheckpointError, FloatingPointError, OSError):
+        train_model(preset, data, net, watch, options, unet)
