@@ -84,7 +84,7 @@ def measure(
     started = time.perf_counter()
     field = fit(color, normal, options, device=device)
     fitted = time.perf_counter()
-    mesh = build_mesh(field, color, normal, mesh_options)
+    mesh = build_mesh(field, color, normal, mesh_options, device=device)
     built = time.perf_counter()
     vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
     seen = render_normals(vertices, faces, np.asarray(mesh.vertex_normals), size_px)
@@ -146,7 +146,9 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--size", type=int, default=256, help="side of the views in pixels")
     parser.add_argument("--out", type=Path, help="folder for the meshes and results.json")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the fit's iterations")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="of the fit and of the surface"
+    )
     arguments = parser.parse_args()
     paths = sorted(find_objects(arguments.objects))[: arguments.limit]
     if not paths:

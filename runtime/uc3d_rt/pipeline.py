@@ -112,7 +112,7 @@ class Pipeline:
                 GPU if there is one that can be used, else the CPU, and `choice` says why.
             threads: CPU threads a network may use; None leaves the choice to ONNX Runtime.
             backend: "auto" takes the fastest that fits the device; `choice` says which and why.
-            fit_device: "cpu", "cuda" or "cuda:N", of the fit; None = `device`.
+            fit_device: "cpu", "cuda" or "cuda:N", of the fit and the mesh; None = `device`.
             low_memory: call the UNet for one object at a time where guidance acts, and free every stage
                 before the next is loaded, also within `with pipeline:`.  The views are the same but for
                 rounding; a sample takes longer.
@@ -120,7 +120,7 @@ class Pipeline:
                 GPU it is what `python -m export build-engines --deterministic` built.
             precision: "fp16", "int8" or "fp8": run engines of that precision and no others; "auto" takes
                 fp16 before others.
-            mesh_device: where the surface is textured: "cpu", or the device that the fit runs on.
+            mesh_device: where the surface is extracted and textured: "cpu", or the device of the fit.
 
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.

@@ -47,8 +47,8 @@ def test_without_a_checkpoint_torch_is_left_out_by_name(tiny_bundle: Path) -> No
 def test_a_graph_that_computes_something_else_fails(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bent(path: Path, sizes: dict[str, int]) -> onnx.ModelProto:
-        model = plain(path, sizes)
+    def bent(path: Path, sizes: dict[str, int], **options: object) -> onnx.ModelProto:
+        model = plain(path, sizes, **options)
         if path.name == "vae_decoder.onnx":
             weight = next(t for t in model.graph.initializer if t.name.startswith("pictures"))
             changed = numpy_helper.to_array(weight) * np.float16(1.1)

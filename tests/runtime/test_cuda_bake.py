@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import trimesh
+from scipy.spatial import KDTree
 
 from tests.runtime import analytic
 from tests.runtime.host_device import HostDevice
@@ -276,7 +277,8 @@ def test_all_memory_is_given_back(machine: Device, scene: Scene, what: dict[str,
 @pytest.mark.parametrize("texture", ["atlas", "vertex"])
 def test_a_mesh_of_a_device(machine: Device, device: Device, texture: str) -> None:
     color, normal = balls_views(96)
-    options = MeshOptions(texture=texture, faces=1500, texture_px=128)
+    faces = 1500 if texture == "atlas" else 0  # decimated, the two roads' vertices stand elsewhere
+    options = MeshOptions(texture=texture, faces=faces, texture_px=128)
     told: list[tuple[int, int]] = []
     field = balls_field(48)
     here = build_mesh(field, color, normal, options)
@@ -284,12 +286,14 @@ def test_a_mesh_of_a_device(machine: Device, device: Device, texture: str) -> No
     steps = 4 if texture == "atlas" else 3
     assert told == [(n + 1, steps) for n in range(steps)]
     assert there.vertices.shape[1] == 3 and there.volume == pytest.approx(here.volume, rel=0.02)
-    if isinstance(machine, HostDevice) and texture == "vertex":
-        alike(there.visual.vertex_colors, here.visual.vertex_colors, 1, 2e-3)
+    if texture == "vertex":  # their order is each road's own
+        distance, nearest = KDTree(here.vertices).query(there.vertices)
+        levels = [mesh.visual.vertex_colors.astype(float) for mesh in (there, here)]
+        assert distance.mean() < 3e-3 and np.abs(levels[0] - levels[1][nearest]).mean() < 4
 
 
 def test_the_device_road_compiles_nothing() -> None:
     """Loading numba's functions takes a cold process seconds."""
-    names = "build, device_bake, device_unwrap, projection, unwrap"
+    names = "build, device_bake, device_extract, device_refine, device_unwrap, projection, unwrap"
     script = f"import sys\nfrom uc3d_rt.mesh import {names}\nsys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -8,6 +8,7 @@
 #define KERNEL extern "C" __global__ void
 #define HOT __restrict__
 #define SHARED __shared__
+#define TABLE static __device__ const
 #define BARRIER() __syncthreads()
 #else  // the same code as plain C++, one thread after the other: for tests on machines without a GPU
 #include "host.h"
@@ -32,6 +33,13 @@ DEVICE int thread_count() { return gridDim.x * blockDim.x; }
 
 DEVICE float clampf(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 DEVICE int clampi(int x, int low, int high) { return min(max(x, low), high); }
+
+// A product that is never fused with a sum: it is the same wherever it is taken, and as on the CPU.
+#ifdef __CUDACC__
+DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
+#else
+DEVICE float times(float a, float b) { return a * b; }
+#endif
 
 // Node of a coarse or fine grid along one axis in units of another: `field.world_to_grid`.
 DEVICE float node_in(int node, int resolution, int other) {

@@ -9,6 +9,7 @@
 #define KERNEL extern "C" void
 #define HOT
 #define SHARED static
+#define TABLE static const
 #define BARRIER()
 
 using std::max;
@@ -39,6 +40,16 @@ static inline T atomicMax(T* to, U value) {
     *to = max(before, (T)value);
     return before;
 }
+
+template <typename T>
+static inline T atomicCAS(T* to, T expected, T value) {
+    const T before = *to;
+    if (before == expected) *to = value;
+    return before;
+}
+
+static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+static inline int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
 
 static inline unsigned __float_as_uint(float value) {
     unsigned bits;

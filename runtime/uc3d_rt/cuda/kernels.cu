@@ -9,3 +9,7 @@
 #include "raster.cu"
 #include "bake.cu"
 #include "unwrap.cu"
+#include "scan.cu"
+#include "surface.cu"
+#include "parts.cu"
+#include "refine.cu"

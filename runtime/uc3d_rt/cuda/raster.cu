@@ -2,19 +2,13 @@
 //
 // The winner of a pixel is the smallest pair of depth and face.  It is kept as the complement of that pair,
 // so that the largest wins, in any order of threads, and 0 is a pixel that nothing covers.
+#pragma once
 #include "grid.cuh"
 
 typedef unsigned long long Winner;
 
 #define SMALL_BOX 512  // pixels of a bounding box that one thread goes through
 #define STRIPES 64     // blocks that a larger one is shared out to
-
-// A product that is never fused with a sum: which side of an edge a pixel lies on is then as on the CPU.
-#ifdef __CUDACC__
-DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
-#else
-DEVICE float times(float a, float b) { return a * b; }
-#endif
 
 DEVICE Winner winner_of(float depth, int face) {
     const unsigned bits = __float_as_uint(depth + 0.0f);  // -0 is 0
@@ -72,36 +66,42 @@ DEVICE void draw_pixel(const Triangle& t, int face, int column, int row, int siz
     if (own > *winner) atomicMax(winner, own);
 }
 
-// Draws faces (count, 3) with points (V, 3) [column, row, depth] into winners (size, size), zero at first;
-// lists the large ones, in any order.
+// Draws faces (count, 3) into several images at once: points (images, vertices, 3) [column, row, depth] into
+// winners (images, size, size), zero at first.  Lists the large ones, image * count + face, in any order.
 KERNEL draw_faces(
-    const float* HOT points, const int* HOT faces, int count, int size, Winner* winners, int* large, int* large_count
+    const float* HOT points, int vertices, const int* HOT faces, int count, int images, int size, Winner* winners,
+    int* large, int* large_count
 ) {
-    for (int face = thread_index(); face < count; face += thread_count()) {
+    for (int n = thread_index(); n < images * count; n += thread_count()) {
+        const long long image = n / count;
+        const int face = n % count;
         Triangle t;
-        if (!triangle_of(points, faces + 3 * face, size, t)) continue;
+        if (!triangle_of(points + 3 * image * vertices, faces + 3 * face, size, t)) continue;
         if ((long long)(t.right - t.left + 1) * (t.bottom - t.top + 1) > SMALL_BOX) {
-            large[atomicAdd(large_count, 1)] = face;
+            large[atomicAdd(large_count, 1)] = n;
             continue;
         }
+        Winner* own = winners + image * size * size;
         for (int row = t.top; row <= t.bottom; ++row)
-            for (int column = t.left; column <= t.right; ++column) draw_pixel(t, face, column, row, size, winners);
+            for (int column = t.left; column <= t.right; ++column) draw_pixel(t, face, column, row, size, own);
     }
 }
 
 // Draws the faces that `draw_faces` listed, every STRIPES-th row of one in a block.
 KERNEL draw_large_faces(
-    const float* HOT points, const int* HOT faces, int size, const int* HOT large, const int* large_count,
-    Winner* winners
+    const float* HOT points, int vertices, const int* HOT faces, int count, int size, const int* HOT large,
+    const int* large_count, Winner* winners
 ) {
     const long long stripes = (long long)*large_count * STRIPES;
     for (long long stripe = blockIdx.x; stripe < stripes; stripe += gridDim.x) {
-        const int face = large[stripe / STRIPES];
+        const int n = large[stripe / STRIPES], face = n % count;
+        const long long image = n / count;
         Triangle t;
-        if (!triangle_of(points, faces + 3 * face, size, t)) continue;
+        if (!triangle_of(points + 3 * image * vertices, faces + 3 * face, size, t)) continue;
+        Winner* own = winners + image * size * size;
         for (int row = t.top + (int)(stripe % STRIPES); row <= t.bottom; row += STRIPES)
             for (int column = t.left + threadIdx.x; column <= t.right; column += blockDim.x)
-                draw_pixel(t, face, column, row, size, winners);
+                draw_pixel(t, face, column, row, size, own);
     }
 }
 

@@ -6,6 +6,7 @@
 //
 // A sum over nodes is that of LANES partial sums.  Which node counts to which, and the order in which they
 // are added up, do not depend on the number of threads.
+#pragma once
 #include "rays.cuh"
 
 #define LANES 8192

@@ -70,7 +70,7 @@ def build_mesh(
         normal: (6, H, H, 3) unit world normals, zero = background.
         options: settings; None = `MeshOptions()`.
         on_progress: called with (steps done, steps in all).
-        device: where the texture is baked; None = the CPU.
+        device: where the surface is extracted, turned to the normal maps and textured; None = on the CPU.
 
     Returns:
         A mesh in the field's frame and scale, with smooth vertex normals and either a base colour
@@ -83,7 +83,7 @@ def build_mesh(
     options = options or MeshOptions()
     steps = 4 if options.texture == "atlas" else 3
     report = on_progress or (lambda done, total: None)
-    surface = _simple_surface(field, normal, options, lambda: report(1, steps))
+    surface = _simple_surface(field, normal, options, lambda: report(1, steps), device)
     normals = vertex_normals(surface)
     report(2, steps)
     if options.texture == "vertex":
@@ -95,19 +95,29 @@ def build_mesh(
 
 
 def _simple_surface(
-    field: Field, normal: FloatArray, options: MeshOptions, extracted: Callable[[], None]
+    field: Field,
+    normal: FloatArray,
+    options: MeshOptions,
+    extracted: Callable[[], None],
+    device: Device | None,
 ) -> Surface:
     """The field's surface, turned to the normal maps, with about the wanted number of faces.
 
     Views that contradict each other can leave a sponge whose handles no decimation removes, and unwrapping
     hundreds of thousands of faces takes minutes: such a surface is taken from a grid half as fine.
     """
-    from uc3d_rt.mesh.extract import extract_surface
-    from uc3d_rt.mesh.refine import refine_surface
     from uc3d_rt.mesh.simplify import simplify_surface
 
     while True:
-        surface = refine_surface(extract_surface(field, options.min_share), normal)
+        if device is None:
+            from uc3d_rt.mesh.extract import extract_surface
+            from uc3d_rt.mesh.refine import refine_surface
+
+            surface = refine_surface(extract_surface(field, options.min_share), normal)
+        else:
+            from uc3d_rt.mesh.device_refine import surface_on_device
+
+            surface = surface_on_device(device, field.sdf, normal, options.min_share)
         extracted()
         surface = simplify_surface(surface, options.faces)
         surface = largest_parts(surface, options.min_share)  # decimation can cut a thin bridge

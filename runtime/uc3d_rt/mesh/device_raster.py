@@ -6,6 +6,9 @@ import numpy as np
 
 from uc3d_rt.device import Buffer, Device, Scope, cleared
 
+LARGE_THREADS = 1 << 18
+"""For the faces that one thread would be too slow for; the host does not know how many there are."""
+
 
 def rasterize_device(
     device: Device, points: Buffer, faces: Buffer, size_px: int
@@ -31,7 +34,7 @@ def rasterize_device(
     try:
         with Scope(device) as scope:
             winners = cleared(scope, (size_px, size_px), np.uint64)
-            draw_winners(scope, points, faces, size_px, winners)
+            draw_winners(scope, points, faces, winners)
             images.append(device.empty((size_px, size_px), np.int32))
             images.append(device.empty((size_px, size_px, 3), np.float32))
             images.append(device.empty((size_px, size_px), np.float32))
@@ -42,18 +45,18 @@ def rasterize_device(
     return images[0], images[1], images[2]
 
 
-def draw_winners(scope: Device, points: Buffer, faces: Buffer, size_px: int, winners: Buffer) -> None:
-    """Draw triangles into the `Winner`s of `cuda/raster.cu`.
+def draw_winners(scope: Device, points: Buffer, faces: Buffer, winners: Buffer) -> None:
+    """Draw triangles into the `Winner`s of `cuda/raster.cu`, for one image or several.
 
     Args:
         scope: frees what is needed on the way.
-        points: as of `rasterize_device`.
-        faces: likewise.
-        size_px: side of the image.
-        winners: (S, S) uint64, zero where nothing is yet.
+        points: (V, 3) as of `rasterize_device`, or (images, V, 3).
+        faces: (F, 3).
+        winners: (S, S) or (images, S, S) uint64, zero where nothing is yet.
     """
-    count = faces.shape[0]
-    large, large_count = scope.empty((count,), np.int32), cleared(scope, (1,), np.int32)
-    size = np.int32(size_px)
-    scope.launch("draw_faces", count, points, faces, np.int32(count), size, winners, large, large_count)
-    scope.launch("draw_large_faces", 1 << 18, points, faces, size, large, large_count, winners)
+    images = 1 if len(points.shape) == 2 else points.shape[0]
+    count, size = faces.shape[0], np.int32(winners.shape[-1])
+    large, large_count = scope.empty((images * count,), np.int32), cleared(scope, (1,), np.int32)
+    given = points, np.int32(points.shape[-2]), faces, np.int32(count)
+    scope.launch("draw_faces", images * count, *given, np.int32(images), size, winners, large, large_count)
+    scope.launch("draw_large_faces", LARGE_THREADS, *given, size, large, large_count, winners)

@@ -15,6 +15,9 @@ SMALLEST_VALUE = 1e-3
 """Node values nearer to zero than this, in node spacings, are moved away from it: a surface that runs
 exactly through a node has triangles without area."""
 
+NO_VOLUME = "the fitted field holds no volume; the views contradict each other, try another seed"
+NOT_CLOSED = "the fitted surface cannot be closed; fit with another seed or resolution"
+
 
 def extract_surface(field: Field, min_share: float) -> Surface:
     """The zero set of the field, closed, outward, without stray parts.
@@ -33,12 +36,12 @@ def extract_surface(field: Field, min_share: float) -> Surface:
             edge[axis] = side
             sdf[tuple(edge)] = np.maximum(sdf[tuple(edge)], 1.0)
     if not (sdf < 0).any():
-        raise FitError("the fitted field holds no volume; the views contradict each other, try another seed")
+        raise FitError(NO_VOLUME)
     for blur in (0.0, 0.5, 1.0):
         surface = largest_parts(_marching_cubes(_blurred(sdf, blur), field.voxel), min_share)
         if is_closed(surface.faces):
             return surface
-    raise FitError("the fitted surface cannot be closed; fit with another seed or resolution")
+    raise FitError(NOT_CLOSED)
 
 
 def _blurred(sdf: FloatArray, sigma: float) -> FloatArray:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from uc3d_rt.mesh.projection import DEPTH_SLACK_PX, view_points
-from uc3d_rt.mesh.raster import rasterize_pixels
 from uc3d_rt.mesh.surface import FloatArray, Surface
 from uc3d_rt.views import TARGET_CAMERAS, camera_axes
 
@@ -29,6 +27,9 @@ MIN_FACING = 0.05
 STEPS = 60
 """Of conjugate gradients; the system is well conditioned, since every vertex is held by `STAY`."""
 
+ENOUGH = 1e-20
+"""Squared residual, weighted by the preconditioner, at which they end before that."""
+
 
 def refine_surface(surface: Surface, normal: FloatArray) -> Surface:
     """Move vertices so that the faces get the normals that the views show.
@@ -41,6 +42,8 @@ def refine_surface(surface: Surface, normal: FloatArray) -> Surface:
         surface: closed.
         normal: (6, H, H, 3) unit world normals of the target views, zero = background.
     """
+    from uc3d_rt.mesh.slopes import slopes
+
     target = face_targets(surface, normal)
     start = surface.vertices.astype(np.float64)
     faces = surface.faces
@@ -50,14 +53,14 @@ def refine_surface(surface: Surface, normal: FloatArray) -> Surface:
         for axis in range(3):
             diagonal[:, axis] += 2.0 * np.bincount(faces[:, corner], target[:, axis] ** 2, len(start))
     moved = np.zeros_like(start)
-    residual = -_slopes(start, faces, target, np.empty_like(start))
+    residual = -slopes(start, faces, target, np.empty_like(start))
     direction = residual / diagonal
     size = float((residual * direction).sum())
     image, scaled, product = np.empty_like(start), np.empty_like(start), np.empty_like(start)
     for _ in range(STEPS):  # in place: fresh arrays of this size take as long as the sums
-        if size < 1e-20:
+        if size < ENOUGH:
             break
-        _slopes(direction, faces, target, image)
+        slopes(direction, faces, target, image)
         image += np.multiply(direction, STAY, out=product)
         step = size / float(np.multiply(direction, image, out=product).sum())
         moved += np.multiply(direction, step, out=product)
@@ -75,6 +78,8 @@ def face_targets(surface: Surface, normal: FloatArray) -> DoubleArray:
     Views count by how squarely the shown normal faces them, and by how well it agrees with the face's:
     one that looks past an edge at another side of the object says nothing of this face.
     """
+    from uc3d_rt.mesh.raster import rasterize_pixels
+
     size = normal.shape[1]
     corners = surface.vertices[surface.faces]
     middle = corners.mean(axis=1)
@@ -96,20 +101,3 @@ def face_targets(surface: Surface, normal: FloatArray) -> DoubleArray:
         weight = seen * np.maximum(shown @ back, 0.0) ** FACING_POWER * agrees
         total[chosen] += weight[:, None] * shown
     return np.asarray(total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12))
-
-
-@njit(cache=True)  # type: ignore[untyped-decorator]
-def _slopes(x: DoubleArray, faces: NDArray[np.int32], target: DoubleArray, out: DoubleArray) -> DoubleArray:
-    """Gradient (V, 3) of half the sum of `(target . edge)²` over faces and edges, at positions x (V, 3)."""
-    out[:] = 0.0
-    for f in range(faces.shape[0]):
-        a, b, c = faces[f, 0], faces[f, 1], faces[f, 2]
-        nx, ny, nz = target[f, 0], target[f, 1], target[f, 2]
-        pa = x[a, 0] * nx + x[a, 1] * ny + x[a, 2] * nz
-        pb = x[b, 0] * nx + x[b, 1] * ny + x[b, 2] * nz
-        pc = x[c, 0] * nx + x[c, 1] * ny + x[c, 2] * nz
-        for vertex, slope in ((a, 2 * pa - pb - pc), (b, 2 * pb - pa - pc), (c, 2 * pc - pa - pb)):
-            out[vertex, 0] += slope * nx
-            out[vertex, 1] += slope * ny
-            out[vertex, 2] += slope * nz
-    return out
