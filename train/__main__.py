@@ -6,6 +6,7 @@
     python -m train vae   --objects DIR --out runs/vae
     python -m train cache --objects DIR --vae runs/vae --out runs/cache
     python -m train model --vae runs/vae --cache runs/cache --objects DIR --out runs/edge
+    python -m train ablate --vae runs/vae --cache runs/cache --objects DIR --out runs/ablation
     python -m export onnx --checkpoint runs/edge/checkpoint --out engines/edge
     python -m train evaluate --bundle engines/edge --objects DIR --out runs/evaluation
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import click
 
+from train.ablate_command import ablate
 from train.model_command import model
 from train.options import (
     FOLDER,
@@ -48,6 +50,7 @@ def cli() -> None:
 
 
 cli.add_command(model)
+cli.add_command(ablate)
 
 
 @cli.command()

@@ -10,6 +10,7 @@ from train.options import (
     FOLDER,
     OUT,
     autoencoder,
+    cache_in_option,
     device_name,
     minutes_option,
     plain_errors,
@@ -29,6 +30,7 @@ from train.presets import PRESETS, with_train
 @click.option(
     "--cache", "cache_folder", type=FOLDER, required=True, help="What `python -m train cache` wrote."
 )
+@cache_in_option
 @click.option(
     "--objects", type=FOLDER, help="The same folder; draws sample sheets of the objects kept aside."
 )
@@ -60,11 +62,11 @@ from train.presets import PRESETS, with_train
 @click.option("--resume", is_flag=True, help="Go on from OUT/checkpoint, exactly; same options as before.")
 @click.option("--start-from", type=FOLDER, help="Begin with a checkpoint's averaged weights.")
 def model(
-    profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path, objects: Path | None,
-    out: Path, steps: int | None, minutes: float | None, batch: int | None, lr: float | None,
-    lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int, sheet_every: int,
-    compile_: str | None, bf16_gradients: bool, growing_cache: bool, gradient_checkpointing: bool | None,
-    resume: bool, start_from: Path | None,
+    profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path, cache_in: str,
+    objects: Path | None, out: Path, steps: int | None, minutes: float | None, batch: int | None,
+    lr: float | None, lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int,
+    sheet_every: int, compile_: str | None, bf16_gradients: bool, growing_cache: bool,
+    gradient_checkpointing: bool | None, resume: bool, start_from: Path | None,
 ) -> None:  # fmt: skip
     """Train the regularised multiview model on cached latents (Eq. 18)."""
     if resume and start_from is not None:
@@ -92,22 +94,22 @@ def model(
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         checkpoint = out / "checkpoint"
+        with state.main_process_first():  # one process mends a save that was interrupted
+            finish_interrupted_save(checkpoint)
         if resume:
             record = load_state(checkpoint)
             check_resumable(checkpoint, record, preset, preset.train.batch * state.num_processes, seed)
-        else:
-            finish_interrupted_save(checkpoint)
-            if checkpoint.exists():
-                raise click.UsageError(
-                    f"{checkpoint} exists; go on from it with --resume, or choose another --out"
-                )
+        elif checkpoint.exists():
+            raise click.UsageError(
+                f"{checkpoint} exists; go on from it with --resume, or choose another --out"
+            )
         net = autoencoder(preset, vae_folder, pretrained).to(state.device)
         if pretrained is not None and not resume:
             from train.pretrained import load_sdxl_unet
 
             unet = load_sdxl_unet(pretrained, preset.unet)
-        data = load_cache(cache_folder, net, state.device)
-        state.print(f"{data.z_0.shape[0]} variants of {data.objects} objects")
+        data = load_cache(cache_folder, net, state.device, cache_in)
+        state.print(f"{data.variants} variants of {data.objects} objects")
         aside = training_objects(objects)[1][:40] if objects is not None and state.is_main_process else []
         watch = watched(aside, device_name(state), preset.vae.image_px) if aside else None
     if objects is not None and not aside:
@@ -115,7 +117,7 @@ def model(
     options = RunOptions(
         out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
         bf16_gradients=bf16_gradients, resume=resume, start_from=start_from,
-        refresh_from=cache_folder if growing_cache else None,
+        refresh_from=cache_folder if growing_cache else None, cache_in=cache_in,
     )  # fmt: skip
     with plain_errors(CheckpointError, FloatingPointError, OSError):
         train_model(preset, data, net, watch, options, unet)

@@ -46,6 +46,14 @@ minutes_option = click.option(
     "--minutes", type=float, help="Plan the number of steps from the measured speed."
 )
 
+cache_in_option = click.option(
+    "--cache-in",
+    type=click.Choice(["device", "host", "disk"]),
+    default="device",
+    show_default=True,
+    help="Where the latents lie: the GPU's memory, the host's, or their files; the batches are the same.",
+)
+
 
 @contextmanager
 def plain_errors(*kinds: type[Exception]) -> Iterator[None]:

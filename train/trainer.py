@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.average import full_average, update_average
-from train.cache import LatentCache, reload_cache, shard_names
+from train.cache import Cache, reload_cache, shard_names
 from train.checkpoint import (
     CheckpointError,
     differences,
@@ -55,6 +55,7 @@ class RunOptions:
     start_from: Path | None = None  # begin with another checkpoint's EMA weights
     refresh_from: Path | None = None  # folder of the cache, if its shards still change
     refresh_every: int = 500  # steps between looks into it
+    cache_in: str = "device"  # one of `train.cache.PLACES`, for the shards read anew
 
 
 def make_accelerator(bf16_gradients: bool = False) -> Accelerator:
@@ -91,7 +92,7 @@ def compile_model(model: MultiviewModel, part: str) -> None:
 
 def train_model(
     preset: Preset,
-    cache: LatentCache,
+    cache: Cache,
     vae: torch.nn.Module,
     watch: Watch | None,
     options: RunOptions,
@@ -128,7 +129,8 @@ def train_model(
     average: dict[str, Tensor] = {}
     step, history, planner = 0, [], Planner(spec.steps, options.minutes)
     if options.resume:
-        state = load_state(folder)
+        with accelerator.main_process_first():  # one process mends a save that was interrupted
+            state = load_state(folder)
         check_resumable(folder, state, preset, size, options.seed)
         step, history = int(state["step"]), list(state["history"])
         planner.total, planner.minutes = int(state["total_steps"]), None
@@ -164,9 +166,9 @@ def train_model(
         look_again = options.refresh_from is not None and step % options.refresh_every == 0
         if look_again and shard_names(options.refresh_from) not in ((), cache.shards):
             cache.free()  # the device need not hold two
-            cache = reload_cache(options.refresh_from, vae, device)
+            cache = reload_cache(options.refresh_from, vae, device, options.cache_in)
             names = f"{cache.shards[0]} ... {cache.shards[-1]}"
-            accelerator.print(f"step {step}: {cache.z_0.shape[0]} variants, {names}", flush=True)
+            accelerator.print(f"step {step}: {cache.variants} variants, {names}", flush=True)
         batch = cache.draw(spec.batch, generator)
         with accelerator.autocast():
             losses = wrapped(batch, vae, generator)
