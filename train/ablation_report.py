@@ -159,6 +159,6 @@ def mean_of(rows: Iterable[Figures]) -> Figures:
 def _label(title: str) -> NDArray[np.uint8]:
     side = 2 * SHEET_PX
     tile = Image.new("RGB", (side, side), "white")
-    text = title.replace(" (", "\n(").replace(", ", ",\n")
+    text = title.replace(" (", "\n(").replace(", ", ",\n").replace("λ", "lambda")  # the font has no Greek
     ImageDraw.Draw(tile).multiline_text((8, 8), text, fill="black", font=ImageFont.load_default(20))
     return np.asarray(tile)

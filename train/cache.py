@@ -274,6 +274,11 @@ def _empty(file: Any, key: str, rows: int, device: torch.device) -> Tensor:
     return torch.empty(rows, *first.shape[1:], dtype=first.dtype, device=device)
 
 
+def cache_bytes(folder: Path) -> int:
+    """About what the shards of a folder take in memory."""
+    return sum((folder / name).stat().st_size for name in shard_names(folder))
+
+
 def reload_cache(
     folder: Path,
     vae: Vae,

@@ -28,13 +28,16 @@ from train.presets import PRESETS, with_train
 @vae_option
 @pretrained_option
 @click.option(
-    "--cache", "cache_folder", type=FOLDER, required=True, help="What `python -m train cache` wrote."
+    "--cache",
+    "cache_folder",
+    type=FOLDER,
+    help="What `python -m train cache` made; may be missing at --dry-run.",
 )
 @cache_in_option
 @click.option(
     "--objects", type=FOLDER, help="The same folder; draws sample sheets of the objects kept aside."
 )
-@click.option("--out", type=OUT, required=True, help="Gets checkpoint/, log.jsonl, loss.png and sheet-*.png.")
+@click.option("--out", type=OUT, help="Gets checkpoint/, log.jsonl, loss.png and sheet-*.png.")
 @click.option("--steps", type=int, help="Default: the profile's.")
 @minutes_option
 @click.option("--batch", type=int, help="Objects a step and device; default: the profile's.")
@@ -61,16 +64,33 @@ from train.presets import PRESETS, with_train
 )
 @click.option("--resume", is_flag=True, help="Go on from OUT/checkpoint, exactly; same options as before.")
 @click.option("--start-from", type=FOLDER, help="Begin with a checkpoint's averaged weights.")
+@click.option("--dry-run", is_flag=True, help="Only print parameters, memory, time and cost of such a run.")
+@click.option("--processes", type=click.IntRange(min=1), help="--dry-run: GPUs; default: those running.")
+@click.option("--step-seconds", type=float, help="--dry-run: time of a step, for the wall time.")
+@click.option("--gpu-hour-price", type=float, help="--dry-run: price of a GPU for an hour, for the cost.")
 def model(
-    profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path, cache_in: str,
-    objects: Path | None, out: Path, steps: int | None, minutes: float | None, batch: int | None,
+    profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path | None, cache_in: str,
+    objects: Path | None, out: Path | None, steps: int | None, minutes: float | None, batch: int | None,
     lr: float | None, lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int,
     sheet_every: int, compile_: str | None, bf16_gradients: bool, growing_cache: bool,
     gradient_checkpointing: bool | None, resume: bool, start_from: Path | None,
+    dry_run: bool, processes: int | None, step_seconds: float | None, gpu_hour_price: float | None,
 ) -> None:  # fmt: skip
     """Train the regularised multiview model on cached latents (Eq. 18)."""
     if resume and start_from is not None:
         raise click.UsageError("--resume goes on with OUT/checkpoint, --start-from begins anew; give one")
+
+    if not dry_run:
+        given = {"--cache": cache_folder, "--out": out}
+        if missing := [name for name, value in given.items() if value is None]:
+            raise click.UsageError(f"{' and '.join(missing)} must be given, but for a --dry-run")
+        planned = {
+            "--processes": processes,
+            "--step-seconds": step_seconds,
+            "--gpu-hour-price": gpu_hour_price,
+        }
+        if useless := [name for name, value in planned.items() if value is not None]:
+            raise click.UsageError(f"{' and '.join(useless)} belongs to --dry-run")
 
     from dataclasses import replace
 
@@ -93,6 +113,16 @@ def model(
             PRESETS[profile], batch=batch, steps=steps, lr=lr, losses=losses,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
+        if dry_run:
+            from train.cache import cache_bytes
+            from train.dry_run import Plan, memory_parts, parameter_counts, report
+
+            on_gpu = cache_bytes(cache_folder) if cache_folder is not None and cache_in == "device" else 0
+            plan = Plan(preset, processes or state.num_processes, on_gpu, step_seconds, gpu_hour_price)
+            if state.is_main_process:
+                click.echo(report(plan, parameter_counts(preset), memory_parts(plan)))
+            return
+        assert out is not None and cache_folder is not None
         checkpoint = out / "checkpoint"
         with state.main_process_first():  # one process mends a save that was interrupted
             finish_interrupted_save(checkpoint)

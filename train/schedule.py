@@ -16,10 +16,15 @@ def step_generator(device: torch.device, seed: int, rank: int, step: int) -> tor
     return torch.Generator(device=device).manual_seed(int(key) >> 1)
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float, final: float) -> float:
-    """Linear warm-up, then a cosine from `peak` to `final` at `total`."""
+def learning_rate(step: int, total: int, warmup: int, peak: float, final: float, drop: int = 0) -> float:
+    """Linear warm-up, then a cosine from `peak` to `final` at `total`.
+
+    With `drop` no cosine: `peak` up to that step, `final` from it on.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
+    if drop:
+        return peak if step < drop else final
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return final + 0.5 * (peak - final) * (1.0 + math.cos(math.pi * progress))
 

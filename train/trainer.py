@@ -34,6 +34,7 @@ from train.model import MultiviewModel
 from train.multiview_unet import MultiviewBlock, MultiviewUNet
 from train.optimizer import build_optimizers
 from train.presets import Preset
+from train.pretrained import KlVae
 from train.schedule import Planner, learning_rate, step_generator
 from train.sheets import loss_curves
 from train.watch import Watch, look
@@ -90,6 +91,16 @@ def compile_model(model: MultiviewModel, part: str) -> None:
         block.compile(dynamic=False)
 
 
+def recompute_blocks(model: MultiviewModel, vae: torch.nn.Module) -> None:
+    """Let the UNet's blocks, and those of SDXL's autoencoder, be computed again in the backward pass.
+
+    L_MI goes back through the decoder, whose activations at full resolution are the largest.
+    """
+    model.unet.unet.enable_gradient_checkpointing()
+    if isinstance(vae, KlVae):
+        vae.net.enable_gradient_checkpointing()
+
+
 def train_model(
     preset: Preset,
     cache: Cache,
@@ -118,7 +129,7 @@ def train_model(
     torch.manual_seed(options.seed)
     model = MultiviewModel(preset, None if unet is None else MultiviewUNet(preset.unet, unet)).to(device)
     if spec.gradient_checkpointing:
-        model.unet.unet.enable_gradient_checkpointing()
+        recompute_blocks(model, vae)
     if spec.losses.lambda_mi == 0:
         model.heads.requires_grad_(False)
     vae = vae.to(device)
@@ -159,7 +170,7 @@ def train_model(
     sums: dict[str, Tensor] = {}
     summed = 0
     while step < planner.total:
-        rate = learning_rate(step, planner.total, spec.warmup, spec.lr, spec.lr_final)
+        rate = learning_rate(step, planner.total, spec.warmup, spec.lr, spec.lr_final, spec.lr_drop)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         generator = step_generator(device, options.seed, accelerator.process_index, step)
