@@ -13,6 +13,7 @@ efficiency = throughput of N processes / (N x throughput of 1).
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -77,7 +78,9 @@ def measure_each(counts: Sequence[int], arguments: Sequence[str]) -> list[Result
             out = Path(folder) / "result.json"
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             launch += ["--nproc_per_node", str(count), __file__, *arguments, "--json", str(out)]
-            subprocess.run(launch, check=True)
+            # Without a GPU processes only find each other if accelerate is told so.
+            settings = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
+            subprocess.run(launch, check=True, env=os.environ | settings)
             results += [Result(**entry) for entry in json.loads(out.read_text(encoding="utf-8"))]
     return results
 
