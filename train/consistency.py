@@ -88,8 +88,11 @@ def edge_agreement(color: Array, normal: Array) -> float:
 
 
 def _edges(images: Array) -> Array:
-    """Length of the gradient (V, H, W) of images (V, H, W, 3), over all channels."""
-    down, across = np.gradient(np.asarray(images, np.float64), axis=(1, 2))
+    """Length of the gradient (V, H - 2, W - 2) of images (V, H, W, 3), over all channels.
+
+    Without the outermost pixels, whose differences are one-sided and larger in every image.
+    """
+    down, across = (g[:, 1:-1, 1:-1] for g in np.gradient(np.asarray(images, np.float64), axis=(1, 2)))
     length: Array = np.sqrt((down**2 + across**2).sum(axis=-1))
     return length
 

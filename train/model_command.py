@@ -90,7 +90,7 @@ def model(
             "--gpu-hour-price": gpu_hour_price,
         }
         if useless := [name for name, value in planned.items() if value is not None]:
-            raise click.UsageError(f"{' and '.join(useless)} belongs to --dry-run")
+            raise click.UsageError(f"{', '.join(useless)}: for --dry-run only")
 
     from dataclasses import replace
 
