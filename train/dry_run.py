@@ -35,6 +35,7 @@ class Plan:
     preset: Preset
     processes: int = 1
     cache_bytes: int = 0  # of the latents on each GPU
+    sharded: bool = False  # weights, gradients, moments and average spread over the processes
     step_seconds: float | None = None
     gpu_hour_price: float | None = None
 
@@ -144,11 +145,16 @@ def memory_parts(plan: Plan, activations: int | None = None) -> dict[str, tuple[
     everything = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in trained)
     momentum_only = sum(p.numel() for p in trained if is_matrix(p)) if spec.optimizer == "muon" else 0
+    parts = plan.processes if plan.sharded else 1
+    share = f", a {parts}th" if parts > 1 else ""
     found = {
-        "weights": (FLOAT * everything, "counted, float32"),
-        "gradients": (FLOAT * count, "counted, float32"),
-        "optimiser state": (FLOAT * (2 * count - momentum_only), f"counted, {spec.optimizer}, float32"),
-        "moving average": (FLOAT * everything, "counted, float32"),
+        "weights": (FLOAT * everything // parts, f"counted, float32{share}"),
+        "gradients": (FLOAT * count // parts, f"counted, float32{share}"),
+        "optimiser state": (
+            FLOAT * (2 * count - momentum_only) // parts,
+            f"counted, {spec.optimizer}, float32{share}",
+        ),
+        "moving average": (FLOAT * everything // parts, f"counted, float32{share}"),
         "autoencoder": (FLOAT * sum(p.numel() for p in vae.state_dict().values()), "counted, float32"),
         "latent cache": (
             plan.cache_bytes,

@@ -53,6 +53,9 @@ from train.presets import PRESETS, with_train
 )  # fmt: skip
 @click.option("--bf16-gradients", is_flag=True, help="Processes exchange gradients in bfloat16.")
 @click.option(
+    "--shard", is_flag=True, help="Spread the model over the processes (FSDP), if it fits into no GPU whole."
+)
+@click.option(
     "--growing-cache",
     is_flag=True,
     help="Follow --cache: its shards may be added to and replaced while training runs.",
@@ -74,7 +77,8 @@ def model(
     lr: float | None, lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int,
     sheet_every: int, compile_: str | None, bf16_gradients: bool, growing_cache: bool,
     gradient_checkpointing: bool | None, resume: bool, start_from: Path | None,
-    dry_run: bool, processes: int | None, step_seconds: float | None, gpu_hour_price: float | None,
+    shard: bool, dry_run: bool, processes: int | None, step_seconds: float | None,
+    gpu_hour_price: float | None,
 ) -> None:  # fmt: skip
     """Train the regularised multiview model on cached latents (Eq. 18)."""
     if resume and start_from is not None:
@@ -118,7 +122,7 @@ def model(
             from train.dry_run import Plan, memory_parts, parameter_counts, report
 
             on_gpu = cache_bytes(cache_folder) if cache_folder is not None and cache_in == "device" else 0
-            plan = Plan(preset, processes or state.num_processes, on_gpu, step_seconds, gpu_hour_price)
+            plan = Plan(preset, processes or state.num_processes, on_gpu, shard, step_seconds, gpu_hour_price)
             if state.is_main_process:
                 click.echo(report(plan, parameter_counts(preset), memory_parts(plan)))
             return
@@ -146,7 +150,7 @@ def model(
         state.print("no object is kept aside (about 1 in 50 is), so no sample sheets will be drawn")
     options = RunOptions(
         out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
-        bf16_gradients=bf16_gradients, resume=resume, start_from=start_from,
+        bf16_gradients=bf16_gradients, shard=shard, resume=resume, start_from=start_from,
         refresh_from=cache_folder if growing_cache else None, cache_in=cache_in,
     )  # fmt: skip
     with plain_errors(CheckpointError, FloatingPointError, OSError):

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from train.average import full_average, update_average
@@ -36,6 +37,7 @@ from train.optimizer import build_optimizers
 from train.presets import Preset
 from train.pretrained import KlVae
 from train.schedule import Planner, learning_rate, step_generator
+from train.sharding import local, shard, spread_like, spread_moments
 from train.sheets import loss_curves
 from train.watch import Watch, look
 
@@ -52,6 +54,7 @@ class RunOptions:
     log_every: int = 20
     compile: str | None = None  # "blocks" or "unet": see `compile_model`
     bf16_gradients: bool = False  # processes exchange gradients in bfloat16: half the bytes
+    shard: bool = False  # spread the model over the processes; see train/sharding.py
     resume: bool = False
     start_from: Path | None = None  # begin with another checkpoint's EMA weights
     refresh_from: Path | None = None  # folder of the cache, if its shards still change
@@ -133,8 +136,6 @@ def train_model(
     if spec.losses.lambda_mi == 0:
         model.heads.requires_grad_(False)
     vae = vae.to(device)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizers = build_optimizers(trainable, spec.optimizer, spec.lr, spec.weight_decay)
     folder = options.out / "checkpoint"
     size = spec.batch * accelerator.num_processes
     average: dict[str, Tensor] = {}
@@ -147,14 +148,23 @@ def train_model(
         planner.total, planner.minutes = int(state["total_steps"]), None
         mend = "restore the checkpoint from a copy, or train again"
         load_weights(model, folder / "model.safetensors", mend)
-        ema = read_tensors(folder / "ema.safetensors", mend, device)
-        average.update({name: ema[name] for name, _ in model.named_parameters()})
-        restore_optimizers(optimizers, read_tensors(folder / "optimizer.safetensors", mend, device))
     elif options.start_from is not None:
         load_weights(model, options.start_from / "ema.safetensors", "give the folder of a checkpoint")
+    sharded = options.shard or accelerator.distributed_type == DistributedType.FSDP
+    if sharded:
+        if spec.optimizer != "adamw" or options.bf16_gradients:
+            raise CheckpointError("a sharded model trains with adamw and exchanges gradients in float32")
+        shard(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizers = build_optimizers(trainable, spec.optimizer, spec.lr, spec.weight_decay)
+    if options.resume:
+        ema = read_tensors(folder / "ema.safetensors", mend, device)
+        average.update({n: local(spread_like(ema[n], p)) for n, p in model.named_parameters()})
+        moments = read_tensors(folder / "optimizer.safetensors", mend, device)
+        restore_optimizers(optimizers, spread_moments(optimizers, moments))
     if options.compile:
         compile_model(model, options.compile)
-    wrapped = accelerator.prepare_model(model)
+    wrapped = model if sharded else accelerator.prepare_model(model)
     if accelerator.is_main_process:
         options.out.mkdir(parents=True, exist_ok=True)
         # Lines that a killed run logged after its last checkpoint are about to be logged again.
@@ -185,6 +195,8 @@ def train_model(
             losses = wrapped(batch, vae, generator)
         accelerator.backward(losses["total"])
         norm = torch.nn.utils.clip_grad_norm_(trainable, spec.grad_clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -198,9 +210,7 @@ def train_model(
         progress.update()
         last = step == planner.total
         save, sheet = step % options.save_every == 0 or last, step % options.sheet_every == 0 or last
-        if not accelerator.is_main_process:
-            continue
-        if step % options.log_every == 0 or save:
+        if accelerator.is_main_process and (step % options.log_every == 0 or save):
             entry = {"step": step, **{name: float(value) / summed for name, value in sums.items()}}
             sums, summed = {}, 0
             if not all(math.isfinite(value) for value in entry.values()):
@@ -226,10 +236,14 @@ def train_model(
                     "seed": options.seed,
                     "history": history,
                 },
+                write=accelerator.is_main_process,
             )
-            loss_curves(options.out / "loss.png", history)
-        if sheet and watch is not None:
-            look(preset, full_average(average, model), vae, watch, options.out / f"sheet-{step:06d}.png")
+            if accelerator.is_main_process:
+                loss_curves(options.out / "loss.png", history)
+        if sheet:
+            weights = full_average(average, model)  # by all processes, where it is sharded
+            if watch is not None:
+                look(preset, weights, vae, watch, options.out / f"sheet-{step:06d}.png")
     progress.close()
     accelerator.wait_for_everyone()
     return folder

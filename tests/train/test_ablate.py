@@ -84,6 +84,7 @@ def test_runs_figures_and_sheet(
         return train_model(preset, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ablate_module, "train_model", counted)
+    monkeypatch.setattr("train.trainer.loss_curves", lambda *_: None)
     monkeypatch.setattr(ablate_module, "reference_heads", lambda *given: reference_heads(*given, steps=1))
     said: list[str] = []
     report = ablate(SMALL, random_cache(), vae, watch, options(tmp_path), say=said.append)
