@@ -35,6 +35,7 @@ from train.options import (
     objects_option,
     plain_errors,
     pretrained_option,
+    process_state,
     profile_option,
     seed_option,
     training_objects,
@@ -74,12 +75,11 @@ def vae(
         raise click.UsageError(f"{profile} has SDXL's autoencoder; give --pretrained to cache and model")
 
     import torch
-    from accelerate import PartialState
 
     from train.dataset import render_folder
     from train.vae_trainer import train_vae
 
-    state = PartialState()
+    state = process_state()
     pictures = []
     with plain_errors():
         files = limited(training_objects(objects)[0], limit)

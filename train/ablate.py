@@ -109,7 +109,7 @@ def ablate(
     rows = {table: variants_of(table, preset, options) for table in options.tables}
     chosen = list(dict.fromkeys(variant for variants in rows.values() for variant in variants))
     measure = Measure(vae, watch, sampling, reference_heads(preset, cache, vae))
-    found: dict[Variant, dict[int, Figures]] = {variant: {} for variant in chosen}
+    found = {variant: _kept_figures(options, variant) for variant in chosen}
     truth, true_rows = measure.truth()
     budget = f"{options.minutes:g} minutes" if options.minutes else f"{preset.train.steps} steps"
     head = (
@@ -125,8 +125,10 @@ def ablate(
             name = f"{variant.folder}, seed {seed}"
             place = options.out / variant.folder / f"seed-{seed}"
             checkpoint = _trained(preset, variant, seed, place, cache, vae, options, unet)
-            figures = _kept_figures(place) if state.is_main_process else None
-            if not any(gather_object([figures is not None])):
+            kept = found[variant].get(seed) if state.is_main_process else None
+            if any(gather_object([kept is not None])):
+                figures = kept
+            else:
                 figures = measure.run(preset, checkpoint, place if state.is_main_process else None)
             if not state.is_main_process or figures is None:
                 continue
@@ -174,12 +176,14 @@ def _trained(
     return train_model(with_train(preset, losses=losses), cache, vae, None, run, start)
 
 
-def _kept_figures(place: Path) -> Figures | None:
-    """What an earlier call measured of a run; None if it did not get so far."""
-    if not ((place / "figures.json").is_file() and (place / "views.png").is_file()):
-        return None
-    figures: Figures = json.loads((place / "figures.json").read_text(encoding="utf-8"))
-    return figures
+def _kept_figures(options: AblationOptions, variant: Variant) -> dict[int, Figures]:
+    """What earlier calls measured of a variant, by seed."""
+    kept: dict[int, Figures] = {}
+    for seed in options.seeds:
+        place = options.out / variant.folder / f"seed-{seed}"
+        if (place / "figures.json").is_file() and (place / "views.png").is_file():
+            kept[seed] = json.loads((place / "figures.json").read_text(encoding="utf-8"))
+    return kept
 
 
 def _same_settings(path: Path, settings: dict[str, Any], write: bool) -> None:

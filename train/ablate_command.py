@@ -16,6 +16,7 @@ from train.options import (
     minutes_option,
     plain_errors,
     pretrained_option,
+    process_state,
     profile_option,
     training_objects,
     vae_option,
@@ -96,15 +97,13 @@ def ablate(
     from dataclasses import replace
     from functools import partial
 
-    from accelerate import PartialState
-
     from train.ablate import AblationOptions
     from train.ablate import ablate as run
     from train.cache import load_cache
     from train.checkpoint import CheckpointError
     from train.watch import watched
 
-    state = PartialState()
+    state = process_state()
     with plain_errors():
         preset = with_train(PRESETS[profile], steps=steps, batch=batch, lr=lr)
         chosen = {"guidance": guidance, "steps": sample_steps}

@@ -15,6 +15,7 @@ from train.options import (
     minutes_option,
     plain_errors,
     pretrained_option,
+    process_state,
     profile_option,
     seed_option,
     training_objects,
@@ -99,7 +100,6 @@ def model(
     from dataclasses import replace
 
     import torch
-    from accelerate import PartialState
 
     from train.cache import load_cache
     from train.checkpoint import CheckpointError, finish_interrupted_save, load_state
@@ -108,7 +108,7 @@ def model(
 
     if bf16_gradients and not torch.cuda.is_available():
         raise click.UsageError("--bf16-gradients is for several CUDA devices; leave it out")
-    state, unet = PartialState(), None
+    state, unet = process_state(), None
     with plain_errors():
         losses = PRESETS[profile].train.losses
         chosen = {"lambda_var": lambda_var, "lambda_mi": lambda_mi}

@@ -12,6 +12,8 @@ import click
 from train.presets import PRESETS, KlVaeSpec, Preset
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from train.pretrained import KlVae
     from train.vae import Vae
 
@@ -70,6 +72,14 @@ def chosen_device(device: str | None) -> str:
     import torch
 
     return device if device is not None else ("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def process_state() -> PartialState:
+    """Which of how many processes this is; without a GPU they meet on the CPU."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def device_name(state: Any) -> str:
