@@ -109,6 +109,23 @@ def onnx(
     click.echo(f"{'bundle':17s} {total / 2**20:6.2f} MiB   {out}")
 
 
+@cli.command()
+@bundle_option
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint; must not exist."
+)
+def checkpoint(bundle: Path, out: Path) -> None:
+    """Turn a bundle back into a checkpoint, for `python -m train model --start-from`."""
+    from export.bundle_checkpoint import checkpoint_from_bundle
+
+    with plain_errors():
+        try:
+            manifest = checkpoint_from_bundle(bundle, out)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+    click.echo(f"{out}: the weights of a {manifest.profile} bundle, to begin a training with")
+
+
 @cli.command("build-engines")
 @bundle_option
 @click.option(

@@ -60,7 +60,7 @@ def _store_int8(model: onnx.ModelProto, data: DataFile | None) -> tuple[int, int
         large = data is not None and data.takes(array)
         return data.add(name, array) if data is not None and large else numpy_helper.from_array(array, name)
 
-    _read_shared_weights_directly(graph)
+    read_shared_weights_directly(graph)
     uses: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
     for node in graph.node:
         for position, name in enumerate(node.input):
@@ -93,7 +93,7 @@ def _store_int8(model: onnx.ModelProto, data: DataFile | None) -> tuple[int, int
     return quantized, len(kept) - 2 * quantized
 
 
-def _read_shared_weights_directly(graph: onnx.GraphProto) -> None:
+def read_shared_weights_directly(graph: onnx.GraphProto) -> None:
     """Drop the Identity nodes through which the exporter hands a weight to its second reader."""
     weights = {tensor.name for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}

@@ -215,18 +215,24 @@ def toy(out: Path, steps: int, vae_steps: int, seed: int) -> None:
 
 @cli.command()
 @click.option("--bundle", type=FOLDER, required=True, help="Folder with a manifest.json.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A PNG file.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="A PNG, WebP or JPEG file."
+)
+@click.option("--steps", type=int, help="Default: the bundle's.")
+@click.option("--guidance", type=float, help="Default: the bundle's.")
 @seed_option
 @click.argument(
     "pictures", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-def gallery(bundle: Path, out: Path, seed: int, pictures: tuple[Path, ...]) -> None:
+def gallery(
+    bundle: Path, out: Path, steps: int | None, guidance: float | None, seed: int, pictures: tuple[Path, ...]
+) -> None:
     """Draw a sheet of what a bundle makes of PICTURES: views, normals, and the mesh from all sides."""
     from train.gallery import gallery as run
     from uc3d_rt.errors import Uc3dError
 
     with plain_errors(Uc3dError, OSError):
-        run(bundle, pictures, out, seed, click.echo)
+        run(bundle, pictures, out, seed, click.echo, steps=steps, guidance=guidance)
 
 
 @cli.command()

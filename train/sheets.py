@@ -33,7 +33,7 @@ def contact_sheet(
             tiles.append(Image.fromarray(block).resize((6 * view_px, 2 * view_px), Image.Resampling.LANCZOS))
         lines.append(np.concatenate([np.asarray(tile) for tile in tiles], axis=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     Image.fromarray(np.concatenate(lines)).save(temporary)
     temporary.replace(path)
 
