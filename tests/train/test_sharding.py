@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.train import killed_run
+from train import trainer
 from train.trainer import RunOptions, train_model
 from train.vae import Vae
 
@@ -30,8 +31,10 @@ def train(rank: int, port: int, out: Path) -> None:
     torch.manual_seed(0)
     vae = Vae(killed_run.PRESET.vae).eval().requires_grad_(False)
 
+    trainer.loss_curves = lambda *_: None
+
     def run(name: str, **changes: object) -> None:
-        options = RunOptions(out=out / name, save_every=1, sheet_every=99, **changes)  # type: ignore[arg-type]
+        options = RunOptions(out=out / name, sheet_every=99, **changes)  # type: ignore[arg-type]
         train_model(killed_run.PRESET, killed_run.random_cache(), vae, None, options)
 
     run("copies")
@@ -46,7 +49,7 @@ def train(rank: int, port: int, out: Path) -> None:
 
     killed_run.LatentCache.draw = stopping  # type: ignore[method-assign]
     try:
-        run("resumed", shard=True)
+        run("resumed", shard=True, save_every=1)
     except KeyboardInterrupt:
         run("resumed", shard=True, resume=True)
 
