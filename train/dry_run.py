@@ -146,7 +146,7 @@ def memory_parts(plan: Plan, activations: int | None = None) -> dict[str, tuple[
     count = sum(p.numel() for p in trained)
     momentum_only = sum(p.numel() for p in trained if is_matrix(p)) if spec.optimizer == "muon" else 0
     parts = plan.processes if plan.sharded else 1
-    share = f", a {parts}th" if parts > 1 else ""
+    share = f", one of {parts} parts" if parts > 1 else ""
     found = {
         "weights": (FLOAT * everything // parts, f"counted, float32{share}"),
         "gradients": (FLOAT * count // parts, f"counted, float32{share}"),
