@@ -71,7 +71,9 @@ class ReferenceOptions:
         """
         for item in fields(self):
             value = getattr(self, item.name)
-            least = 0 if item.name.startswith("w_") or item.name in ("warm_up", "seed", "iterations") else None
+            least = (
+                0 if item.name.startswith("w_") or item.name in ("warm_up", "seed", "iterations") else None
+            )
             if isinstance(value, bool):
                 continue
             if least is None and not value > 0:
@@ -80,6 +82,11 @@ class ReferenceOptions:
                 raise ValueError(f"ReferenceOptions.{item.name} must be >= {least}, got {value}")
         if not 0 < self.skip < self.layers:
             raise ValueError(f"ReferenceOptions.skip must be in [1, {self.layers - 1}], got {self.skip}")
+        if self.width < 4 + 6 * self.octaves:
+            raise ValueError(
+                f"ReferenceOptions.width must be at least {4 + 6 * self.octaves}, got {self.width}: "
+                "a layer has to hold the encoded point too"
+            )
         if not self.near_share <= 1 or not self.final_rate <= 1:
             raise ValueError(
                 f"ReferenceOptions.near_share and final_rate must be at most 1, got {self.near_share} and "
@@ -260,7 +267,9 @@ def sample_ends(
         share = torch.cumsum(weight, dim=-1)
         share = torch.cat([torch.zeros_like(share[:, :1]), share / share[:, -1:]], dim=-1)
         jitter = torch.rand((count, options.importance_samples), device=device, generator=generator)
-        wanted = (torch.arange(options.importance_samples, device=device) + jitter) / options.importance_samples
+        wanted = (
+            torch.arange(options.importance_samples, device=device) + jitter
+        ) / options.importance_samples
         at = torch.searchsorted(share, wanted.contiguous(), right=True).clamp(1, options.samples - 1)
         low, high = share.gather(1, at - 1), share.gather(1, at)
         part = ((wanted - low) / (high - low).clamp(min=1e-9)).clamp(0.0, 1.0)
