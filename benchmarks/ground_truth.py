@@ -76,7 +76,7 @@ def save_truths(truths: list[GroundTruth], path: Path) -> None:
         kept = (_rows(truth.color_bytes), _rows(truth.normal_bytes), truth.points, np.float64(truth.longest))
         arrays |= {f"{name}_{index}": np.asarray(a) for name, a in zip(ARRAYS, kept, strict=True)}
     with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        np.savez_compressed(file, **arrays)
 
 
 def load_truths(path: Path, limit: int | None = None, spread: bool = False) -> Iterator[GroundTruth]:

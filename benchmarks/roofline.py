@@ -265,7 +265,10 @@ def main() -> int:
     if arguments.profile is not None and not 2 <= arguments.profile <= last:
         parser.error(f"--profile must be an iteration from 2 to {last}, got {arguments.profile}")
     truths = load_truths(arguments.views, arguments.limit, spread=True)
-    driver = cuda_driver()
+    try:
+        driver = cuda_driver()
+    except BackendError as error:
+        parser.error(str(error))
     with CudaDevice() as device:
         if arguments.profile is not None:
             profile(next(truths), device, driver, arguments.profile)
