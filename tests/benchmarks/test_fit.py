@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -16,12 +17,15 @@ from benchmarks import fit as benchmark
 from benchmarks.ground_truth import GroundTruth, chosen, load_truths, rendered_truth, save_truths
 from train.mesh_metrics import chamfer, chamfer_to_points
 from train.objects import load_object
+from uc3d_rt.neus.fit import FitOptions
 
 COARSE = ("--resolution", "32")
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    few = partial(FitOptions, iterations=(5, 5), rays_per_iteration=2000)
+    monkeypatch.setattr(benchmark, "FitOptions", few)
     torch.set_num_threads(1)
     before = numba.get_num_threads()
     numba.set_num_threads(1)
@@ -78,7 +82,7 @@ def test_networks_are_measured_beside(
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["by"] for row in results["rows"]] == ["fit-cpu", "networks", "networks-our-mesh"]
     ours, networks, other = (results["means"][row["by"]] for row in results["rows"])
-    assert ours["iterations"] == 80 and networks["iterations"] == other["iterations"] == 1
+    assert ours["iterations"] == 10 and networks["iterations"] == other["iterations"] == 1
     assert ours["iou"] > networks["iou"] > 0.2  # a sphere
     assert networks["fit_s_median"] == other["fit_s_median"] > 0.0
     printed = capsys.readouterr().out
