@@ -204,7 +204,7 @@ def section_weights(before: Tensor, after: Tensor, inv_s: Tensor | float) -> Ten
     T = prod(1 - alpha), all as logarithms: deep inside of an object Phi itself is no float32.
     """
     passed = F.logsigmoid(inv_s * after) - F.logsigmoid(inv_s * before)  # log(1 - alpha)
-    passed = passed.clamp(max=0.0)
+    passed = passed.clamp(max=0.0)  # a ray that leaves the object meets nothing new
     log_light = torch.cumsum(passed, dim=-1) - passed
     return torch.exp(log_light) * -torch.expm1(passed)
 
@@ -233,7 +233,7 @@ def render(model: ReferenceModel, origin: Tensor, direction: Tensor, t: Tensor) 
     along = direction[:, None].expand(-1, size.shape[1], -1).reshape(-1, 3)
     distance, gradient, features = model.distance.with_gradient(x, keep_graph=torch.is_grad_enabled())
     color = model.color(x, gradient, along, features)
-    slope = (gradient * along).sum(-1).clamp(max=0.0)  # a ray that leaves the object meets nothing new
+    slope = (gradient * along).sum(-1)
     half = (0.5 * slope * size.reshape(-1)).reshape(size.shape)
     distance = distance.reshape(size.shape)
     weight = section_weights(distance - half, distance + half, model.inv_s)[..., None]
