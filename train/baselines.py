@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.augment import normalizing_placement, tight_window, yaw_matrix
-from train.dataset import EvalSample
 from train.objects import Material, Object, load_object
 from train.render import Scene, View
+from train.truth import EvalSample
 from uc3d_rt.preprocess import frame_object
 from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS, Camera, decode_normals, encode_normals, pixel_grid
 

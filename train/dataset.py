@@ -1,4 +1,4 @@
-"""Training variants and evaluation samples, rendered from object files.
+"""Training variants, rendered from object files.
 
 A variant is one object, turned, scaled and coloured at random, with its six target views and one or
 more input views.  The random numbers of a variant depend on the seed, the object's name and the
@@ -63,19 +63,6 @@ class Variant:
     inputs: ByteArray  # (M, P, P, 3), framed as the runtime frames a picture
     focal: FloatArray  # (M,) f~; 0 is orthographic
     elevation_deg: FloatArray  # (M,)
-
-
-@dataclass(frozen=True, eq=False)
-class EvalSample:
-    """An object as it is, its six target views, and one input picture."""
-
-    input_rgba: ByteArray  # (H, W, 4), straight alpha
-    focal_mm: float | None  # None is orthographic
-    elevation_deg: float
-    yaw_deg: float  # the object's front stands at this azimuth
-    color: ByteArray  # (6, P, P, 3)
-    normal: ByteArray  # (6, P, P, 3)
-    object_to_world: FloatArray  # (3, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,42 +171,6 @@ def render_folder(
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
             framers.shutdown(wait=False, cancel_futures=True)
-
-
-def ground_truth(
-    path: Path,
-    camera_seed: int = 0,
-    *,
-    device: str = "cpu",
-    image_px: int = IMAGE_PX,
-    input_px: int = 512,
-    samples: int = 3,
-) -> EvalSample:
-    """An object as its file has it, seen from a random azimuth that `camera_seed` and its name decide.
-
-    Raises:
-        ValueError: the file is unreadable.
-    """
-    obj = load_object(path)
-    rng = variant_rng(camera_seed, obj.name, 0)
-    yaw = float(rng.uniform(0.0, 360.0))
-    placement = normalizing_placement(obj.vertices, yaw_matrix(yaw))
-    camera = random_input_camera(rng)
-    light = replace(random_light(rng, camera), tint=(1.0, 1.0, 1.0), exposure=1.0)
-    window = tight_window(obj.vertices, placement, camera, fill=0.9)
-    with Scene(obj, device) as scene:
-        targets = scene.render([View(c, placement) for c in TARGET_CAMERAS], image_px, samples)
-        view = View(camera, placement, light, window=window)
-        picture = scene.render([view], input_px, samples, straight_alpha=True)
-    return EvalSample(
-        input_rgba=np.concatenate([picture.color[0], picture.alpha[0, ..., None]], axis=-1),
-        focal_mm=camera.focal_mm,
-        elevation_deg=camera.elevation_deg,
-        yaw_deg=yaw,
-        color=targets.color,
-        normal=targets.normal,
-        object_to_world=placement,
-    )
 
 
 def _plan_variant(obj: Object, rng: np.random.Generator, num_inputs: int, augment: bool) -> _Plan:

@@ -1,112 +1,86 @@
-"""Measure a bundle on objects it was not trained on, beside baselines and a ceiling, on the CPU.
+"""Measure a bundle on objects it was not trained on, by one of the paper's protocols (`train.protocols`).
 
 Each object is finished before it is written to `OUT/objects/`, so a run that was stopped goes on
-where it was; the tables and contact sheets are made from those files.
+where it was; tables, contact sheets and gallery are made from those files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
-from train.baselines import (
-    FloatArray,
-    TrainIndex,
-    ViewPair,
-    as_object,
-    autoencoded,
-    copied_input,
-    ellipsoid_of,
-    image_features,
-    index_features,
-    placed,
-    train_index,
-    turntable,
-)
-from train.dataset import EvalSample, ground_truth
-from train.mesh_metrics import Triangles, chamfer, volume_iou
-from train.metrics import (
+from train.baselines import FloatArray, TrainIndex, train_index
+from train.breakdown import Entry, index_entries
+from train.evaluator import Evaluator, opened_pipeline, record_path
+from train.gallery_page import gallery_page
+from train.metrics import Row
+from train.objects import find_objects
+from train.perceptual import sha256_of
+from train.protocols import EvaluateOptions
+from train.report import (
+    COLUMNS,
+    NORMAL_COLUMNS,
+    ROWS,
+    Column,
     Record,
-    categories,
     markdown,
     progress_line,
     record_names,
     summarize,
-    view_metrics,
+    write_json,
+    write_text,
 )
-from train.objects import Object, find_objects, load_object
-from train.sheets import contact_sheet, view_row
-from uc3d_rt.backends.base import Network, backend_for
+from train.sheets import write_picture
+from train.text import COLUMNS as TEXT_COLUMNS
+from train.text import ROWS as TEXT_ROWS
+from train.text import read_prompts, scored, text_markdown, text_summary
+from train.viewpoint_report import ROWS as VIEWPOINT_ROWS
+from train.viewpoint_report import viewpoint_markdown, viewpoint_summary
 from uc3d_rt.contract import load_manifest
-from uc3d_rt.errors import FitError, ImageError, UsageError
-from uc3d_rt.mesh.build import MeshOptions
-from uc3d_rt.neus.fit import FitOptions
-from uc3d_rt.pipeline import Pipeline, Views
-from uc3d_rt.views import decode_normals
+from uc3d_rt.errors import UsageError
 
 PAGE = 25  # objects on a contact sheet
-VIEW_PX = 80
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """What is evaluated, and how."""
+class Report:
+    """What a protocol tells of its records."""
 
-    bundle: Path
-    objects: Path
-    out: Path
-    train_objects: Path | None = None  # None: `objects`' sibling folder `train`, if there is one
-    index: Path | None = None  # None: beside `out`
-    meshes: bool = True
-    steps: int | None = None  # None: the bundle's
-    guidance: float | None = None  # None: the bundle's
-    seed: int = 0
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UsageError(f"workers must be at least 1, got {self.workers}")
-        if self.train_objects is not None and self.train_objects.resolve() == self.objects.resolve():
-            raise UsageError(f"{self.objects} is given as training folder too; nothing would be measured")
-
-    def train_folder(self) -> Path | None:
-        """The training objects, if they are there."""
-        sibling = self.objects.resolve().parent / "train"
-        if self.train_objects is None and sibling.is_dir() and sibling != self.objects.resolve():
-            return sibling
-        return self.train_objects
+    summary: Record  # `metrics.json`
+    markdown: str
+    rows: Mapping[str, Row]  # means by title, of the gallery's table
+    columns: tuple[Column, ...]
+    records: Mapping[str, Record]
 
 
 def evaluate(
     options: EvaluateOptions, files: Sequence[Path], say: Callable[[str], None] = click.echo
-) -> Record:
-    """Measure the bundle on object files of `options.objects`; returns what `metrics.json` holds.
+) -> Report:
+    """Measure the bundle on files of `options.objects`; `summary` is what `metrics.json` holds.
 
     Raises:
-        UsageError: OUT holds an evaluation with other settings.
+        UsageError: OUT holds an evaluation with other settings, or weights do not fit.
         BundleError, BackendError: see `uc3d_rt.errors`.
     """
     names = record_names(options.objects, files)
+    prompts = {names[path]: prompt for path, prompt in _prompts(options).items() if path in names}
     folder, train_files = options.train_folder(), list[Path]()
     if folder is not None:
         train_files = find_objects(folder)
-    settings = _check_settings(options, train_files)
-    missing = [path for path in files if not _record_path(options.out, names[path]).is_file()]
+    settings = _check_settings(options, train_files, say)
+    missing = [path for path in files if not record_path(options.out, names[path]).is_file()]
     if missing:
         index = None
         if folder is not None:
@@ -120,149 +94,101 @@ def evaluate(
                 say(f"[{done}/{len(missing)}] {progress_line(record)}  (about {left / 60:.0f} min left)")
     records = {}
     for path in files:
-        records[names[path]] = json.loads(_record_path(options.out, names[path]).read_text("utf-8"))
-    summary = summarize(records, settings, categories(options.objects))
-    _write(options.out / "metrics.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    _write(options.out / "metrics.md", markdown(summary))
-    _write_sheets(options.out, [name for name in records if "left_out" not in records[name]])
-    return summary
+        records[names[path]] = json.loads(record_path(options.out, names[path]).read_text("utf-8"))
+    entries = {} if options.protocol == "text" else index_entries(options.objects)
+    report = _report(options, records, settings, entries, prompts)
+    write_json(options.out / "metrics.json", report.summary)
+    write_text(options.out / "metrics.md", report.markdown)
+    write_text(options.out / "gallery.html", _gallery(options, report, entries, prompts))
+    _write_sheets(options, [name for name in records if "left_out" not in records[name]])
+    return report
 
 
-class Evaluator:
-    """One process's networks and the work on one object; a context manager."""
-
-    def __init__(self, options: EvaluateOptions, index: TrainIndex | None, threads: int) -> None:
-        self.options, self.index = options, index
-        self.pipeline = Pipeline.from_bundle(options.bundle, "cpu", threads, "bundle")
-        self.image_px = self.pipeline.manifest.shape.image_px
-        self._backend = backend_for("cpu", threads)
-        self._networks: dict[str, Network] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._stack.enter_context(self.pipeline)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._networks.clear()
-        self._stack.close()
-
-    def network(self, name: str) -> Network:
-        """A network of the bundle, opened when first asked for."""
-        if name not in self._networks:
-            opened = self._backend.open(self.options.bundle, self.pipeline.manifest, name)
-            self._networks[name] = self._stack.enter_context(opened)
-        return self._networks[name]
-
-    def index_features(self, path: Path) -> FloatArray:
-        """Features (yaws, D) of a training object."""
-        return index_features(path, self.network("image_encoder"), self.image_px)
-
-    def measure(self, job: tuple[Path, str]) -> Record:
-        """Measure one object and write its record and its line of the contact sheet."""
-        path, name = job
-        started = time.perf_counter()
-        try:
-            obj = load_object(path)
-        except ValueError as error:
-            record: Record = {"left_out": str(error)}
-        else:
-            sample = ground_truth(path, self.options.seed, image_px=self.image_px)
-            try:
-                record = self._measured(obj, name, sample)
-            except ImageError as error:  # too thin to be seen from there
-                record = {"left_out": str(error)}
-        record = {"name": name, **record, "seconds": round(time.perf_counter() - started, 2)}
-        _write(_record_path(self.options.out, name), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        return record
-
-    def _measured(self, obj: Object, name: str, sample: EvalSample) -> Record:
-        options = self.options
-        views = self.pipeline.views(
-            sample.input_rgba, steps=options.steps, guidance=options.guidance, seed=options.seed,
-            focal_mm=0.0 if sample.focal_mm is None else sample.focal_mm,
-        )  # fmt: skip
-        true_normal, _ = decode_normals(sample.normal / 255.0)
-        truth: ViewPair = (sample.color.astype(np.float32) / np.float32(255.0), true_normal)
-        copied = copied_input(obj, sample, self.image_px)
-        picture = np.round(copied[0][0] * 255.0).astype(np.uint8)
-        pairs: dict[str, ViewPair] = {"model": (views.color, views.normal), "input": copied}
-        about: Record = {"yaw_deg": sample.yaw_deg, "elevation_deg": sample.elevation_deg}
-        about |= {"focal_mm": sample.focal_mm, "stage_seconds": dict(views.timings)}
-        meshes: dict[str, Triangles] = {}
-        if self.index is not None and (folder := options.train_folder()) is not None:
-            feature = image_features(self.network("image_encoder"), [picture])[0]
-            near = self.index.neighbour(folder, feature, self.image_px)
-            pairs["nearest"], meshes["nearest"] = near.views, near.object
-            about["nearest"] = {
-                "file": near.path.relative_to(folder).as_posix(), "yaw_deg": near.yaw_deg,
-                "similarity": near.similarity,
-            }  # fmt: skip
-        pairs["ceiling"] = autoencoded(self.network("vae_encoder"), self.network("vae_decoder"), *truth)
-        rows = {row: view_metrics(*pair, *truth) for row, pair in pairs.items()}
-        blocks = [view_row(views.color, views.normal), view_row(*truth)]
-        if options.meshes:
-            outline = (copied[1][0] != 0).any(axis=-1)
-            about |= self._fit_all({**pairs, "ceiling": truth}, outline, meshes, about["stage_seconds"])
-            true_mesh = placed(obj, sample.object_to_world)
-            for row, mesh in meshes.items():
-                rows[row] |= {"chamfer": chamfer(mesh, true_mesh), "volume_iou": volume_iou(mesh, true_mesh)}
-            blocks += [turntable(thing, VIEW_PX) for thing in (as_object(meshes["model"]), true_mesh)]
-        contact_sheet(_record_path(options.out, name).with_suffix(".png"), [picture], [blocks], VIEW_PX)
-        about["stage_seconds"] = {k: round(v, 2) for k, v in about["stage_seconds"].items()}
-        return {
-            **about,
-            "rows": {row: {k: _finite(v) for k, v in values.items()} for row, values in rows.items()},
-        }
-
-    def _fit_all(
-        self,
-        pairs: dict[str, ViewPair],
-        outline: NDArray[np.bool_],
-        meshes: dict[str, Triangles],
-        seconds: dict[str, float],
-    ) -> Record:
-        """Fit the rows that have no mesh yet; the model as users do, the others without a texture.
-
-        Whether colours are baked or stored with the vertices changes nothing of the shape.
-        """
-        fit_options, stand_ins = FitOptions(seed=self.options.seed), {}
-        for row, pair in pairs.items():
-            if row in meshes:
-                continue
-            mesh_options = MeshOptions() if row == "model" else MeshOptions(texture="vertex")
-            try:
-                made = self.pipeline.reconstruct(
-                    Views(*pair), fit_options=fit_options, mesh_options=mesh_options
-                )
-                meshes[row] = made.mesh
-                if row == "model":
-                    seconds |= made.timings
-            except FitError as error:
-                meshes[row] = ellipsoid_of(outline)
-                stand_ins[row] = str(error)
-        return {"stand_ins": stand_ins}
+def _prompts(options: EvaluateOptions) -> dict[Path, str]:
+    return read_prompts(options.objects) if options.protocol == "text" else {}
 
 
-def _check_settings(options: EvaluateOptions, train_files: Sequence[Path]) -> Record:
+def _report(
+    options: EvaluateOptions, records: dict[str, Record], settings: Record,
+    entries: Mapping[str, Entry], prompts: Mapping[str, str],
+) -> Report:  # fmt: skip
+    left_out = options.weights.left_out(options.networks)
+    if options.protocol == "text":
+        measured = {name: record for name, record in records.items() if "left_out" not in record}
+        told, rows, left_out = scored(measured, prompts, options.out, options.weights, options.device)
+        records = {name: told.get(name, record) for name, record in records.items()}
+        summary = text_summary(records, prompts, settings, rows, left_out)
+        titles, columns = TEXT_ROWS, TEXT_COLUMNS
+        text = text_markdown(summary)
+    elif options.protocol == "viewpoint":
+        summary = viewpoint_summary(records, settings, entries, left_out)
+        titles, columns = VIEWPOINT_ROWS, COLUMNS
+        text = viewpoint_markdown(summary)
+    else:
+        summary = summarize(records, settings, entries, left_out)
+        titles, columns = ROWS, COLUMNS
+        if options.protocol == "normals":
+            columns = NORMAL_COLUMNS["over both silhouettes"]
+        text = markdown(summary)
+    by_title = {titles[row]: values for row, values in summary["rows"].items()}
+    return Report(summary, text, by_title, columns, records)
+
+
+def _gallery(
+    options: EvaluateOptions, report: Report, entries: Mapping[str, Entry], prompts: Mapping[str, str]
+) -> str:
+    s, subtitles = report.summary["settings"], dict(prompts)
+    figures = {n: r["rows"]["model"] for n, r in report.records.items() if "left_out" not in r}
+    for name in figures:
+        record, about = report.records[name], list[str]()
+        if "elevation_deg" in record:
+            focal = "orthographic" if record["focal_mm"] is None else f"{record['focal_mm']:g} mm"
+            about.append(f"seen from {record['elevation_deg']:.0f}° up, {focal}")
+        if category := entries.get(name, {}).get("category"):
+            about.insert(0, category)
+        if about:
+            subtitles[name] = ", ".join(about)
+    lines = [
+        f"{s['bundle']} ({s['profile']}), protocol {s['protocol']}, {s['steps']} steps, "
+        f"guidance {s['guidance']:g}, seed {s['seed']}. All figures: metrics.md.",
+        "Six views at azimuths 30, 90 … 330 from the input, colour over normals; the truth likewise. "
+        "A mesh is shown from four sides and from above.",
+    ]
+    title = f"Evaluation of {s['bundle']}: {report.summary['objects']} objects"
+    return gallery_page(
+        title, lines, report.rows, report.columns, report.records, figures, options.measures.main, subtitles
+    )
+
+
+def _check_settings(
+    options: EvaluateOptions, train_files: Sequence[Path], say: Callable[[str], None]
+) -> Record:
     """What the figures depend on, held against what OUT was begun with."""
     manifest = load_manifest(options.bundle)
     sampling = manifest.sampling
     contents = asdict(manifest)
     weights = json.dumps([contents[key] for key in ("networks", "shape", "schedule", "sampling")])
+    choice = opened_pipeline(options).choice
+    assert choice is not None
+    if options.device != "cpu":
+        say(f"networks run on {choice}; the fit on {options.device}")
+    lpips = options.weights.lpips if "lpips" in options.networks else None
     settings: Record = {
         "bundle": options.bundle.resolve().name,
         "profile": manifest.profile,
         "bundle_sha256": hashlib.sha256(weights.encode()).hexdigest(),
         "image_px": manifest.shape.image_px,
+        "protocol": options.protocol,
         "steps": sampling.steps if options.steps is None else options.steps,
         "guidance": sampling.guidance if options.guidance is None else options.guidance,
         "seed": options.seed,
-        "meshes": options.meshes,
+        "meshes": options.fits,
         "train_objects": len(train_files),
+        "networks_on": choice.name,
+        "lpips_sha256": None if lpips is None else sha256_of(lpips),
     }
+    if options.protocol == "viewpoint":
+        settings["azimuths"] = options.azimuths
     path = options.out / "settings.json"
     if path.is_file():
         there = json.loads(path.read_text("utf-8"))
@@ -274,7 +200,7 @@ def _check_settings(options: EvaluateOptions, train_files: Sequence[Path]) -> Re
                 "give another --out, or remove it"
             )
     else:
-        _write(path, json.dumps(settings, indent=2) + "\n")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
     return settings
 
 
@@ -341,32 +267,15 @@ def _workers(
             pool.shutdown(cancel_futures=True)
 
 
-def _record_path(out: Path, name: str) -> Path:
-    return out / "objects" / f"{name}.json"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _write_sheets(out: Path, names: Sequence[str]) -> None:
+def _write_sheets(options: EvaluateOptions, names: Sequence[str]) -> None:
     """The objects' lines, `PAGE` a sheet: `contact_sheet.png`, `contact_sheet_2.png`, …"""
     from PIL import Image
 
-    for number, start in enumerate(range(0, len(names), PAGE), start=1):
+    page = max(1, PAGE // options.azimuths) if options.protocol == "viewpoint" else PAGE
+    for number, start in enumerate(range(0, len(names), page), start=1):
         lines = []
-        for name in names[start : start + PAGE]:
-            with Image.open(_record_path(out, name).with_suffix(".png")) as line:
+        for name in names[start : start + page]:
+            with Image.open(record_path(options.out, name).with_suffix(".png")) as line:
                 lines.append(np.asarray(line.convert("RGB")))
         suffix = "" if number == 1 else f"_{number}"
-        path = out / f"contact_sheet{suffix}.png"
-        temporary = path.with_name(f".{path.name}.tmp.png")
-        Image.fromarray(np.concatenate(lines)).save(temporary)
-        os.replace(temporary, path)
+        write_picture(options.out / f"contact_sheet{suffix}.png", Image.fromarray(np.concatenate(lines)))

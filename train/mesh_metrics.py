@@ -47,7 +47,7 @@ def chamfer_to_points(mesh: Triangles, points: FloatArray, longest: float) -> fl
 
 
 def longest_side(mesh: Triangles) -> float:
-    """Of the box around the faces."""
+    """Of the box of all triangles."""
     return float(np.ptp(_corners(mesh).reshape(-1, 3), axis=0).max())
 
 

@@ -32,9 +32,14 @@ def contact_sheet(
         for block in blocks:
             tiles.append(Image.fromarray(block).resize((6 * view_px, 2 * view_px), Image.Resampling.LANCZOS))
         lines.append(np.concatenate([np.asarray(tile) for tile in tiles], axis=1))
+    write_picture(path, Image.fromarray(np.concatenate(lines)))
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """A file of the kind its name says, that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    Image.fromarray(np.concatenate(lines)).save(temporary)
+    picture.save(temporary)
     temporary.replace(path)
 
 

@@ -9,13 +9,13 @@ import trimesh
 
 from train import dataset
 from train.dataset import (
-    ground_truth,
     render_folder,
     render_variant,
     variant_rng,
 )
 from train.objects import Object, find_objects, load_object
 from train.render import Scene, View
+from train.truth import ground_truth
 from uc3d_rt.preprocess import FILL, frame_object
 from uc3d_rt.views import TARGET_CAMERAS, Camera, decode_normals
 

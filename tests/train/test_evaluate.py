@@ -20,8 +20,8 @@ from train.baselines import (
     placed,
     train_index,
 )
-from train.dataset import ground_truth
 from train.objects import load_object
+from train.truth import ground_truth
 from uc3d_rt.mesh.build import MeshOptions
 from uc3d_rt.neus.fit import FitOptions
 from uc3d_rt.preprocess import frame_object
@@ -51,8 +51,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(bundle: Path, objects: Path, out: Path, *more: str) -> Result:
     arguments = ["evaluate", "--bundle", bundle, "--objects", objects, "--out", out, "--steps", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.evaluate.FitOptions", partial(FitOptions, resolution=32, iterations=(5,)))
-        patch.setattr("train.evaluate.MeshOptions", partial(MeshOptions, faces=1000, texture_px=128))
+        patch.setattr("train.evaluator.FitOptions", partial(FitOptions, resolution=32, iterations=(5,)))
+        patch.setattr("train.evaluator.MeshOptions", partial(MeshOptions, faces=1000, texture_px=128))
         return CliRunner().invoke(cli, [str(a) for a in (*arguments, *more)])
 
 

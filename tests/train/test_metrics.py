@@ -7,19 +7,8 @@ import pytest
 import trimesh
 
 from train.mesh_metrics import chamfer, inside_voxels, surface_points, volume_iou
-from train.metrics import (
-    markdown,
-    markdown_table,
-    mean_row,
-    normal_error_deg,
-    psnr,
-    record_names,
-    silhouette_iou,
-    ssim,
-    summarize,
-    view_metrics,
-    way_to_ceiling,
-)
+from train.metrics import normal_error_deg, psnr, silhouette_iou, ssim, view_metrics
+from train.report import markdown, markdown_table, mean_row, record_names, summarize, way_to_ceiling
 
 
 def box(extents: tuple[float, float, float], centre: tuple[float, float, float]) -> trimesh.Trimesh:
@@ -198,7 +187,9 @@ def test_summary_names_what_is_left_out_and_what_stands_in() -> None:
     settings = {
         "bundle": "b", "profile": "p", "steps": 50, "guidance": 3.0, "seed": 0, "image_px": 256,
     }  # fmt: skip
-    summary = summarize({"cup": record, "leaf": {"left_out": "too thin"}}, settings, {"cup": "tableware"})
+    summary = summarize(
+        {"cup": record, "leaf": {"left_out": "too thin"}}, settings, {"cup": {"category": "tableware"}}
+    )
     assert summary["objects"] == 1
     assert "nearest" in summary["left_out_rows"]
     assert summary["stand_ins"]["input"] == ["cup"]
