@@ -6,6 +6,7 @@
     python -m train vae   --objects DIR --out runs/vae
     python -m train cache --objects DIR --vae runs/vae --out runs/cache
     python -m train model --vae runs/vae --cache runs/cache --objects DIR --out runs/edge
+    python -m train ablate --vae runs/vae --cache runs/cache --objects DIR --out runs/ablation
     python -m export onnx --checkpoint runs/edge/checkpoint --out engines/edge
     python -m train evaluate --bundle engines/edge --objects DIR --out runs/evaluation
 
@@ -15,50 +16,34 @@ a shard (`--shard I --shards N`), in parallel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from train.presets import PRESETS, KlVaeSpec, Preset
-
-if TYPE_CHECKING:
-    from train.pretrained import KlVae
-    from train.vae import Vae
-
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-WEIGHTS = click.Path(exists=True, dir_okay=False, path_type=Path)
-OUT = click.Path(file_okay=False, path_type=Path)
-
-profile_option = click.option(
-    "--profile",
-    type=click.Choice(sorted(PRESETS)),
-    default="edge",
-    show_default=True,
-    help="toy: 32 px, for tests; edge: 256 px, the one that ships; sdxl: 512 px, from SDXL's weights.",
+from train.ablate_command import ablate
+from train.model_command import model
+from train.options import (
+    FOLDER,
+    OUT,
+    WEIGHTS,
+    autoencoder,
+    chosen_device,
+    device_name,
+    device_option,
+    limit_option,
+    limited,
+    minutes_option,
+    objects_option,
+    plain_errors,
+    pretrained_option,
+    process_state,
+    profile_option,
+    seed_option,
+    training_objects,
+    vae_option,
+    workers_option,
 )
-objects_option = click.option(
-    "--objects", type=FOLDER, required=True, help="Folder of GLB, OBJ or PLY files, searched recursively."
-)
-vae_option = click.option("--vae", "vae_folder", type=FOLDER, help="What `python -m train vae` wrote.")
-pretrained_option = click.option(
-    "--pretrained", type=FOLDER, help="sdxl only: a local diffusers folder of SDXL, with unet/ and vae/."
-)
-device_option = click.option(
-    "--device", default=None, help="cpu or cuda:N; default: the first GPU, else cpu."
-)
-seed_option = click.option(
-    "--seed", default=0, show_default=True, help="Same seed, same machine: same result."
-)
-limit_option = click.option("--limit", type=click.IntRange(min=1), help="Use only N objects, evenly spaced.")
-workers_option = click.option(
-    "--workers", default=4, show_default=True, type=click.IntRange(min=1), help="Threads that read objects."
-)
-minutes_option = click.option(
-    "--minutes", type=float, help="Plan the number of steps from the measured speed."
-)
+from train.presets import PRESETS, KlVaeSpec
 
 
 @click.group(help=__doc__)
@@ -66,62 +51,8 @@ def cli() -> None:
     """All verbs."""
 
 
-@contextmanager
-def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Tell errors that a user can mend in one line, without a traceback."""
-    kinds = kinds or (ValueError, OSError)
-    try:
-        yield
-    except kinds as error:
-        raise click.ClickException(str(error)) from error
-
-
-def chosen_device(device: str | None) -> str:
-    """The device asked for, or the first GPU, or the CPU."""
-    import torch
-
-    return device if device is not None else ("cuda:0" if torch.cuda.is_available() else "cpu")
-
-
-def device_name(state: Any) -> str:
-    """This process's device with its index, as the renderer wants it."""
-    return f"cuda:{state.local_process_index}" if state.device.type == "cuda" else "cpu"
-
-
-def training_objects(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The objects to train on, and a few kept aside to look at while training (about 1 in 50)."""
-    from train.dataset import variant_rng
-    from train.objects import find_objects, object_name
-
-    files = find_objects(folder)
-    aside = {path for path in files if variant_rng(0, object_name(path), 0xFFFF).random() < 0.02}
-    return [path for path in files if path not in aside], [path for path in files if path in aside]
-
-
-def limited(files: list[Path], limit: int | None) -> list[Path]:
-    """At most `limit` files, evenly spaced, so that every family is among them."""
-    if limit is None or limit >= len(files):
-        return files
-    return [files[index * len(files) // limit] for index in range(limit)]
-
-
-def autoencoder(preset: Preset, vae_folder: Path | None, pretrained: Path | None) -> Vae | KlVae:
-    """The frozen autoencoder that `--vae` or, for SDXL, `--pretrained` names."""
-    from train.checkpoint import load_vae
-
-    if pretrained is not None and not isinstance(preset.vae, KlVaeSpec):
-        raise click.UsageError(f"--pretrained is for the sdxl profile; {preset.name} trains from nothing")
-    if vae_folder is not None:
-        return load_vae(vae_folder, preset)
-    if isinstance(preset.vae, KlVaeSpec):
-        if pretrained is None:
-            raise click.UsageError("sdxl needs --pretrained DIR, or the --vae of one of its checkpoints")
-        from train.pretrained import load_sdxl_vae
-
-        return load_sdxl_vae(pretrained, preset.vae)
-    raise click.UsageError(
-        f"--vae is missing; make one: python -m train vae --profile {preset.name} --objects DIR --out DIR"
-    )
+cli.add_command(model)
+cli.add_command(ablate)
 
 
 @cli.command()
@@ -145,12 +76,11 @@ def vae(
         raise click.UsageError(f"{profile} has SDXL's autoencoder; give --pretrained to cache and model")
 
     import torch
-    from accelerate import PartialState
 
     from train.dataset import render_folder
-    from train.trainer import train_vae
+    from train.vae_trainer import train_vae
 
-    state = PartialState()
+    state = process_state()
     pictures = []
     with plain_errors():
         files = limited(training_objects(objects)[0], limit)
@@ -207,105 +137,6 @@ def cache(
             seed=seed,
             workers=workers,
         )
-
-
-@cli.command()
-@profile_option
-@vae_option
-@pretrained_option
-@click.option(
-    "--cache", "cache_folder", type=FOLDER, required=True, help="What `python -m train cache` wrote."
-)
-@click.option(
-    "--objects", type=FOLDER, help="The same folder; draws sample sheets of the objects kept aside."
-)
-@click.option("--out", type=OUT, required=True, help="Gets checkpoint/, log.jsonl, loss.png and sheet-*.png.")
-@click.option("--steps", type=int, help="Default: the profile's.")
-@minutes_option
-@click.option("--batch", type=int, help="Objects a step and device; default: the profile's.")
-@click.option("--lr", type=float, help="Peak learning rate; default: the profile's.")
-@click.option("--lambda-var", type=float, help="Weight of L_Var in Eq. 18; 0 turns it off.")
-@click.option("--lambda-mi", type=float, help="Weight of L_MI in Eq. 18; 0 turns it off.")
-@seed_option
-@click.option("--save-every", default=1000, show_default=True, help="Steps between checkpoints.")
-@click.option("--sheet-every", default=1000, show_default=True, help="Steps between sample sheets.")
-@click.option(
-    "--compile", "compile_", type=click.Choice(["blocks", "unet"]),
-    help="Compile the UNet's repeated blocks, or all of it at once (minutes at the start).",
-)  # fmt: skip
-@click.option("--bf16-gradients", is_flag=True, help="Processes exchange gradients in bfloat16.")
-@click.option(
-    "--growing-cache",
-    is_flag=True,
-    help="Follow --cache: its shards may be added to and replaced while training runs.",
-)
-@click.option(
-    "--gradient-checkpointing/--no-gradient-checkpointing",
-    default=None,
-    help="Recompute the UNet's blocks in the backward pass: less memory, more time.",
-)
-@click.option("--resume", is_flag=True, help="Go on from OUT/checkpoint, exactly; same options as before.")
-@click.option("--start-from", type=FOLDER, help="Begin with a checkpoint's averaged weights.")
-def model(
-    profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path, objects: Path | None,
-    out: Path, steps: int | None, minutes: float | None, batch: int | None, lr: float | None,
-    lambda_var: float | None, lambda_mi: float | None, seed: int, save_every: int, sheet_every: int,
-    compile_: str | None, bf16_gradients: bool, growing_cache: bool, gradient_checkpointing: bool | None,
-    resume: bool, start_from: Path | None,
-) -> None:  # fmt: skip
-    """Train the regularised multiview model on cached latents (Eq. 18)."""
-    if resume and start_from is not None:
-        raise click.UsageError("--resume goes on with OUT/checkpoint, --start-from begins anew; give one")
-
-    from dataclasses import replace
-
-    import torch
-    from accelerate import PartialState
-
-    from train.cache import load_cache
-    from train.checkpoint import CheckpointError, finish_interrupted_save, load_state
-    from train.trainer import RunOptions, check_resumable, train_model, with_train
-    from train.watch import watched
-
-    if bf16_gradients and not torch.cuda.is_available():
-        raise click.UsageError("--bf16-gradients is for several CUDA devices; leave it out")
-    state, unet = PartialState(), None
-    with plain_errors():
-        losses = PRESETS[profile].train.losses
-        chosen = {"lambda_var": lambda_var, "lambda_mi": lambda_mi}
-        losses = replace(losses, **{name: value for name, value in chosen.items() if value is not None})
-        preset = with_train(
-            PRESETS[profile], batch=batch, steps=steps, lr=lr, losses=losses,
-            gradient_checkpointing=gradient_checkpointing,
-        )  # fmt: skip
-        checkpoint = out / "checkpoint"
-        if resume:
-            record = load_state(checkpoint)
-            check_resumable(checkpoint, record, preset, preset.train.batch * state.num_processes, seed)
-        else:
-            finish_interrupted_save(checkpoint)
-            if checkpoint.exists():
-                raise click.UsageError(
-                    f"{checkpoint} exists; go on from it with --resume, or choose another --out"
-                )
-        net = autoencoder(preset, vae_folder, pretrained).to(state.device)
-        if pretrained is not None and not resume:
-            from train.pretrained import load_sdxl_unet
-
-            unet = load_sdxl_unet(pretrained, preset.unet)
-        data = load_cache(cache_folder, net, state.device)
-        state.print(f"{data.z_0.shape[0]} variants of {data.objects} objects")
-        aside = training_objects(objects)[1][:40] if objects is not None and state.is_main_process else []
-        watch = watched(aside, device_name(state), preset.vae.image_px) if aside else None
-    if objects is not None and not aside:
-        state.print("no object is kept aside (about 1 in 50 is), so no sample sheets will be drawn")
-    options = RunOptions(
-        out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
-        bf16_gradients=bf16_gradients, resume=resume, start_from=start_from,
-        refresh_from=cache_folder if growing_cache else None,
-    )  # fmt: skip
-    with plain_errors(CheckpointError, FloatingPointError, OSError):
-        train_model(preset, data, net, watch, options, unet)
 
 
 @cli.command()

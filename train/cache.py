@@ -1,8 +1,8 @@
 """Rendered variants as latents, in shards of safetensors.
 
 With latents at hand, training never waits for data.  A shard holds some objects with all their
-variants; shards are written by as many processes as there are cores to feed the renderer, and read
-back whole onto the training device.
+variants; shards are written by as many processes as there are cores to feed the renderer.  Training
+reads them whole, onto its device or into the host's memory, or maps them and reads what it draws.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,10 +26,17 @@ from train.dataset import render_folder
 from train.model import Batch
 from train.vae import Vae
 
+T = TypeVar("T")
+
+KEYS = ("z_0", "image", "image_latent", "focal")
+
+PLACES = ("device", "host", "disk")
+"""Where a cache may lie, from the fastest to the largest."""
+
 
 @dataclass(frozen=True)
 class LatentCache:
-    """N variants of all objects on one device; M input views each."""
+    """N variants of all objects in one memory; M input views each."""
 
     z_0: Tensor  # (N, 6, 8, h, w) float16
     image: Tensor  # (N, M, H, W, 3) uint8
@@ -36,29 +44,94 @@ class LatentCache:
     focal: Tensor  # (N, M) float32
     objects: int  # each with N / objects variants, side by side
     shards: tuple[str, ...] = ()  # names of the files they come from
+    target: torch.device | None = None  # of the batches; None: where the tensors lie
+
+    @property
+    def variants(self) -> int:
+        """N."""
+        return self.z_0.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are drawn to."""
+        return self.z_0.device if self.target is None else self.target
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         """A batch of variants of different objects (as far as there are enough), on the device."""
-        device, objects = self.z_0.device, self.objects
-        per_object = self.z_0.shape[0] // objects
-        picks = torch.randperm(objects, generator=generator, device=device)[:count]
-        if count > objects:
-            extra = torch.randint(objects, (count - objects,), generator=generator, device=device)
-            picks = torch.cat([picks, extra])
-        variant = torch.randint(per_object, (count,), generator=generator, device=device)
-        view = torch.randint(self.image.shape[1], (count,), generator=generator, device=device)
-        rows = picks * per_object + variant
-        return Batch(
-            z_0=self.z_0[rows].float(),
-            image=self.image[rows, view].permute(0, 3, 1, 2).float() / 255.0,
-            image_latent=self.image_latent[rows, view].float(),
-            focal=self.focal[rows, view],
-        )
+        places = _places(self.variants, self.objects, self.image.shape[1], count, generator)
+        rows, view = (place.to(self.z_0.device) for place in places)
+        parts = self.z_0[rows], self.image[rows, view], self.image_latent[rows, view], self.focal[rows, view]
+        return _batch(*parts, self.device)
 
     def free(self) -> None:
         """Give the memory back, whoever still holds the cache; nothing can be drawn from it any more."""
         for tensor in (self.z_0, self.image, self.image_latent, self.focal):
             tensor.untyped_storage().resize_(0)
+
+
+class MappedCache:
+    """The same variants left in their files: a draw reads its own rows, through the page cache."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], target: torch.device) -> None:
+        self.shards = tuple(shard.name for shard in shards)
+        self.objects = sum(shard.objects for shard in shards)
+        self.device = target
+        self._files: list[Any] = [safe_open(folder / shard.name, "pt", device="cpu") for shard in shards]
+        counts = torch.tensor([shard.objects * shard.variants for shard in shards])
+        self._ends = counts.cumsum(0)
+        self._begins = self._ends - counts
+        self.variants = int(self._ends[-1])
+        self._inputs = int(self._files[0].get_slice("image").get_shape()[1])
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """As `LatentCache.draw`, bit for bit."""
+        rows, view = (
+            place.cpu() for place in _places(self.variants, self.objects, self._inputs, count, generator)
+        )
+        shard = torch.searchsorted(self._ends, rows, right=True)
+        picked = list(zip(shard.tolist(), (rows - self._begins[shard]).tolist(), view.tolist(), strict=True))
+
+        def read(key: str) -> Tensor:
+            return torch.cat(
+                [self._files[i].get_slice(key)[r : r + 1, v : v + 1].squeeze(1) for i, r, v in picked]
+            )
+
+        z_0 = torch.cat([self._files[i].get_slice("z_0")[r : r + 1] for i, r, _ in picked])
+        return _batch(z_0, read("image"), read("image_latent"), read("focal"), self.device)
+
+    def free(self) -> None:
+        """Close the files; nothing can be drawn any more."""
+        self._files.clear()
+
+
+Cache = LatentCache | MappedCache
+
+
+def _places(
+    variants: int, objects: int, inputs: int, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Rows (count,) of different objects, as far as there are enough, and an input view of each.
+
+    Drawn on the generator's device wherever the variants lie, so that their place changes no batch.
+    """
+    device, per_object = generator.device, variants // objects
+    picks = torch.randperm(objects, generator=generator, device=device)[:count]
+    if count > objects:
+        extra = torch.randint(objects, (count - objects,), generator=generator, device=device)
+        picks = torch.cat([picks, extra])
+    variant = torch.randint(per_object, (count,), generator=generator, device=device)
+    view = torch.randint(inputs, (count,), generator=generator, device=device)
+    return picks * per_object + variant, view
+
+
+def _batch(z_0: Tensor, image: Tensor, image_latent: Tensor, focal: Tensor, device: torch.device) -> Batch:
+    """Stored rows as a batch; they travel in their stored types, the smallest."""
+    return Batch(
+        z_0=z_0.to(device).float(),
+        image=image.to(device).permute(0, 3, 1, 2).float() / 255.0,
+        image_latent=image_latent.to(device).float(),
+        focal=focal.to(device),
+    )
 
 
 def build_shard(
@@ -113,59 +186,108 @@ def shard_names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in folder.glob("shard-*.safetensors")))
 
 
-def load_cache(folder: Path, vae: Vae, device: torch.device) -> LatentCache:
-    """Read every shard of a folder onto a device.
+@dataclass(frozen=True)
+class Shard:
+    """What the head of a shard tells."""
+
+    name: str
+    objects: int
+    variants: int  # of each object
+
+
+def load_cache(folder: Path, vae: Vae, device: torch.device, place: str = "device") -> Cache:
+    """Every shard of a folder, for batches on a device.
+
+    Args:
+        place: one of `PLACES`; "disk" reads what is drawn only.
 
     Raises:
         CheckpointError: there is no shard, or one is damaged or was encoded by another autoencoder.
+        ValueError: an unknown place.
     """
+    if place not in PLACES:
+        raise ValueError(f"a cache lies in {', '.join(PLACES)}, not in {place!r}")
     names = shard_names(folder)
     if not names:
         raise CheckpointError(f"no shards in {folder}; make them with: python -m train cache --out {folder}")
     fingerprint = vae_fingerprint(vae)
-    objects, variants, rows = 0, [], 0
-    whole: dict[str, Tensor] = {}
-    # Twice over the files: to size the tensors, then to fill them, so that the device never holds two copies.
-    for fill in (False, True):
-        start = 0
-        for name in names:
-            try:
-                with safe_open(folder / name, "pt", device="cpu") as file:
-                    meta = file.metadata()
-                    if meta["vae"] != fingerprint:
-                        raise CheckpointError(
-                            f"{folder / name} was encoded by another autoencoder; give its --vae, "
-                            "or make the cache again"
-                        )
-                    count, each = len(json.loads(meta["objects"])), int(meta["variants"])
-                    if not fill:
-                        objects += count
-                        variants.append(each)
-                        rows += count * each
-                        continue
-                    for key in ("z_0", "image", "image_latent", "focal"):
-                        part = file.get_tensor(key)
-                        if key not in whole:
-                            whole[key] = torch.empty(rows, *part.shape[1:], dtype=part.dtype, device=device)
-                        whole[key][start : start + count * each] = part
-                    start += count * each
-            except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                raise CheckpointError(
-                    f"{folder / name} is damaged ({error}); make the cache again"
-                ) from error
-        if len(set(variants)) > 1:
-            raise CheckpointError(
-                f"the shards in {folder} hold different numbers of variants: {sorted(set(variants))}; "
-                "make them again with one --variants"
-            )
-    return LatentCache(**whole, objects=objects, shards=names)
+    shards = [
+        _read(folder / name, lambda file, name=name: _head(folder / name, file, fingerprint))
+        for name in names
+    ]
+    variants = {shard.variants for shard in shards}
+    if len(variants) > 1:
+        raise CheckpointError(
+            f"the shards in {folder} hold different numbers of variants: {sorted(variants)}; "
+            "make them again with one --variants"
+        )
+    if place == "disk":
+        return MappedCache(folder, shards, device)
+    memory = device if place == "device" else torch.device("cpu")
+    # Sized first, then filled, so that the memory never holds two copies.
+    whole = _read(
+        folder / names[0],
+        lambda file: {
+            key: _empty(file, key, sum(s.objects * s.variants for s in shards), memory) for key in KEYS
+        },
+    )
+    start = 0
+    for shard in shards:
+        count = shard.objects * shard.variants
+
+        def fill(file: Any, start: int = start, count: int = count) -> None:
+            for key in KEYS:
+                whole[key][start : start + count] = file.get_tensor(key)
+
+        _read(folder / shard.name, fill)
+        start += count
+    return LatentCache(**whole, objects=sum(s.objects for s in shards), shards=names, target=device)
+
+
+def _read(path: Path, what: Callable[[Any], T]) -> T:
+    """`what` of an open shard; a damaged one is told."""
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            return what(file)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise CheckpointError(f"{path} is damaged ({error}); make the cache again") from error
+
+
+def _head(path: Path, file: Any, fingerprint: str) -> Shard:
+    meta = file.metadata()
+    if meta["vae"] != fingerprint:
+        raise CheckpointError(
+            f"{path} was encoded by another autoencoder; give its --vae, or make the cache again"
+        )
+    shard = Shard(path.name, len(json.loads(meta["objects"])), int(meta["variants"]))
+    for key in KEYS:
+        rows = file.get_slice(key).get_shape()[0]
+        if rows != shard.objects * shard.variants:
+            raise RuntimeError(f"{key} has {rows} rows for {shard.objects} objects of {shard.variants}")
+    return shard
+
+
+def _empty(file: Any, key: str, rows: int, device: torch.device) -> Tensor:
+    first = file.get_slice(key)[:1]
+    return torch.empty(rows, *first.shape[1:], dtype=first.dtype, device=device)
+
+
+def cache_bytes(folder: Path) -> int:
+    """About what the shards of a folder take in memory."""
+    return sum((folder / name).stat().st_size for name in shard_names(folder))
 
 
 def reload_cache(
-    folder: Path, vae: Vae, device: torch.device, *, attempts: int = 10, wait_s: float = 1.0
-) -> LatentCache:
+    folder: Path,
+    vae: Vae,
+    device: torch.device,
+    place: str = "device",
+    *,
+    attempts: int = 10,
+    wait_s: float = 1.0,
+) -> Cache:
     """`load_cache` of a folder whose shards come and go: tried again if one went while it was read.
 
     Raises:
@@ -173,7 +295,7 @@ def reload_cache(
     """
     for _ in range(attempts):
         try:
-            return load_cache(folder, vae, device)
+            return load_cache(folder, vae, device, place)
         except FileNotFoundError:
             time.sleep(wait_s)
     raise CheckpointError(f"shards in {folder} go faster than they can be read; keep more sets of them")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from train.presets import PRESETS, KlVaeSpec, Preset
+from train.sharding import whole
 from train.vae import Vae
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class CheckpointError(ValueError):
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Contiguous copies-by-reference of a module's state, ready for safetensors."""
-    return {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    return {name: whole(value.detach()).contiguous() for name, value in model.state_dict().items()}
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -44,7 +45,7 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, 
     `index.key` for the first, `number:index.key` for those after it.
     """
     return {
-        f"{f'{number}:' if number else ''}{index}.{key}": torch.as_tensor(value).detach().contiguous()
+        f"{f'{number}:' if number else ''}{index}.{key}": whole(torch.as_tensor(value).detach()).contiguous()
         for number, optimizer in enumerate(optimizers)
         for index, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
@@ -72,19 +73,27 @@ def save_checkpoint(
     vae: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     state: dict[str, Any],
+    write: bool = True,
 ) -> None:
-    """Write a whole checkpoint, replacing the one at `folder` only when it is complete."""
+    """Write a whole checkpoint, replacing the one at `folder` only when it is complete.
+
+    Args:
+        write: False on all processes but one of a sharded model: gathering it takes all of them.
+    """
+    weights, moments = named_parameters(model), optimizer_tensors(optimizers)
+    if not write:
+        return
     finish_interrupted_save(folder)
     fresh, old = _beside(folder)
     for stale in (fresh, old):
         if stale.exists():
             shutil.rmtree(stale)
     fresh.mkdir(parents=True)
-    save_file(named_parameters(model), fresh / "model.safetensors")
+    save_file(weights, fresh / "model.safetensors")
     save_file({k: v.contiguous() for k, v in ema.items()}, fresh / "ema.safetensors")
     save_vae(vae, fresh)
     if optimizers:
-        save_file(optimizer_tensors(optimizers), fresh / "optimizer.safetensors")
+        save_file(moments, fresh / "optimizer.safetensors")
     # Last: a folder that holds it is whole.
     record = {"preset": preset.name, "config": asdict(preset), **state}
     temporary = fresh / f".{STATE}.tmp"
@@ -196,7 +205,8 @@ def read_tensors(file: Path, mend: str, device: torch.device | str = "cpu") -> d
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; {mend}")
     try:
-        return load_file(file, device=str(device))
+        # Several processes on CPUs have "cpu:0", which safetensors does not know.
+        return load_file(file, device="cpu" if torch.device(device).type == "cpu" else str(device))
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({error}); {mend}") from error
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from uc3d_rt.contract import ModelShape, NoiseSchedule, SamplingDefaults
 from uc3d_rt.views import NUM_VIEWS
@@ -135,6 +136,7 @@ class TrainSpec:
     lr: float
     lr_final: float
     warmup: int
+    lr_drop: int = 0  # the step from which on the rate is lr_final; 0 = a cosine from lr to lr_final
     optimizer: str = "adamw"  # or "muon": Muon for the weight matrices (train/optimizer.py)
     weight_decay: float = 0.01
     ema_decay: float = 0.9995
@@ -152,6 +154,8 @@ class TrainSpec:
                 f"batch and steps must be 1 or more and lr above 0, "
                 f"got batch={self.batch}, steps={self.steps}, lr={self.lr}"
             )
+        if self.lr_drop and self.lr_drop < self.warmup:
+            raise ValueError(f"lr_drop={self.lr_drop} lies within the warm-up of {self.warmup} steps")
         if not self.timestep_bias > 0:
             raise ValueError(f"timestep_bias must be above 0, got {self.timestep_bias}")
         if not 0 <= self.last_share <= 1:
@@ -296,9 +300,15 @@ SDXL = Preset(
         steps=60_000,
         lr=1e-4,
         lr_final=1e-5,
-        warmup=1000,
+        warmup=0,
+        lr_drop=10_000,
         gradient_checkpointing=True,
     ),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (EDGE, TOY, SDXL)}
+
+
+def with_train(preset: Preset, **changes: Any) -> Preset:
+    """A preset with some of its optimisation settings replaced; None leaves one as it is."""
+    return replace(preset, train=replace(preset.train, **{k: v for k, v in changes.items() if v is not None}))

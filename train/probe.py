@@ -14,7 +14,7 @@ from torch import Tensor
 
 from train.losses import predicted_z_0
 from train.model import MultiviewModel
-from train.trainer import Watch
+from train.watch import Watch
 
 CONDITIONS = {"both": (1, 1), "tokens only": (1, 0), "E(y) only": (0, 1), "neither": (0, 0)}
 

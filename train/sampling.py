@@ -30,6 +30,18 @@ def sample_views(
     Returns:
         `(color, normal, mask)`: (b, 6, H, W, 3) in [0, 1], unit normals, silhouettes (b, 6, H, W).
     """
+    images = decode_pairs(vae, sample_latents(model, vae, image, focal, sampling, seed))
+    color, normal = images.reshape(2, image.shape[0], -1, *images.shape[1:])
+    unit, mask = decode_normals(normal)
+    color = np.where(mask[..., None], color, np.float32(1.0))
+    return color, unit, mask
+
+
+@torch.no_grad()
+def sample_latents(
+    model: MultiviewModel, vae: Vae, image: Tensor, focal: Tensor, sampling: SamplingDefaults, seed: int = 0
+) -> Tensor:
+    """The latents (6b, 8, h, w) of `sample_views`, views varying fastest."""
     preset, device, b = model.preset, image.device, image.shape[0]
     v, c, side = preset.unet.views, preset.unet.latent_channels, preset.unet.latent_px
     half = device.type == "cuda"
@@ -65,11 +77,7 @@ def sample_views(
         guidance_rescale=sampling.guidance_rescale,
         first_step_to=sampling.first_step_to,
     )
-    images = decode_pairs(vae, torch.from_numpy(z_0).to(device))
-    color, normal = images.reshape(2, b, v, *images.shape[1:])
-    unit, mask = decode_normals(normal)
-    color = np.where(mask[..., None], color, np.float32(1.0))
-    return color, unit, mask
+    return torch.from_numpy(z_0).to(device)
 
 
 @torch.no_grad()

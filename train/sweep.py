@@ -13,7 +13,7 @@ from train.checkpoint import load_vae, load_weights, preset_of
 from train.metrics import normal_error_deg, psnr, silhouette_iou
 from train.model import MultiviewModel
 from train.sampling import sample_views
-from train.trainer import Watch
+from train.watch import Watch
 from uc3d_rt.contract import SamplingDefaults
 
 _WHOLE = SamplingDefaults()  # 50 steps, guidance 3 over the whole interval

@@ -25,9 +25,10 @@ from PIL import Image
 from train.cache import build_shard, load_cache
 from train.checkpoint import load_state
 from train.dataset import render_folder
-from train.presets import TOY
-from train.trainer import RunOptions, train_model, train_vae, with_train
+from train.presets import TOY, with_train
+from train.trainer import RunOptions, train_model
 from train.truth import ground_truth
+from train.vae_trainer import train_vae
 from train.watch import watched
 
 OBJECTS, HELD_OUT = 20, 4

@@ -1,6 +1,6 @@
-"""Training: the autoencoder, then the multiview model on cached latents.
+"""Training of the multiview model on cached latents.
 
-`accelerate` places both on one or many GPUs.  Every step draws its data, noise and timesteps from a
+`accelerate` places it on one or many GPUs.  Every step draws its data, noise and timesteps from a
 generator seeded by (seed, rank, step), so a resumed run goes on exactly as the one that stopped.
 """
 
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from train.cache import LatentCache, reload_cache, shard_names
+from train.average import full_average, update_average
+from train.cache import Cache, reload_cache, shard_names
 from train.checkpoint import (
     CheckpointError,
     differences,
@@ -30,27 +30,16 @@ from train.checkpoint import (
     read_tensors,
     restore_optimizers,
     save_checkpoint,
-    save_vae,
 )
-from train.metrics import normal_error_deg, psnr, silhouette_iou
 from train.model import MultiviewModel
 from train.multiview_unet import MultiviewBlock, MultiviewUNet
 from train.optimizer import build_optimizers
 from train.presets import Preset
-from train.sampling import sample_views
-from train.sheets import contact_sheet, loss_curves, view_row
-from train.vae import Vae, vae_loss
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Objects kept out of training, looked at while it runs."""
-
-    picture: np.ndarray  # (n, H, W, 3) uint8, framed inputs
-    focal: np.ndarray  # (n,)
-    color: np.ndarray  # (n, 6, H, W, 3) in [0, 1]
-    normal: np.ndarray  # (n, 6, H, W, 3) unit normals
-    mask: np.ndarray  # (n, 6, H, W)
+from train.pretrained import KlVae
+from train.schedule import Planner, learning_rate, step_generator
+from train.sharding import local, shard, spread_like, spread_moments
+from train.sheets import loss_curves
+from train.watch import Watch, look
 
 
 @dataclass(frozen=True)
@@ -65,10 +54,12 @@ class RunOptions:
     log_every: int = 20
     compile: str | None = None  # "blocks" or "unet": see `compile_model`
     bf16_gradients: bool = False  # processes exchange gradients in bfloat16: half the bytes
+    shard: bool = False  # spread the model over the processes; see train/sharding.py
     resume: bool = False
     start_from: Path | None = None  # begin with another checkpoint's EMA weights
     refresh_from: Path | None = None  # folder of the cache, if its shards still change
     refresh_every: int = 500  # steps between looks into it
+    cache_in: str = "device"  # one of `train.cache.PLACES`, for the shards read anew
 
 
 def make_accelerator(bf16_gradients: bool = False) -> Accelerator:
@@ -79,143 +70,6 @@ def make_accelerator(bf16_gradients: bool = False) -> Accelerator:
     )
     return Accelerator(
         mixed_precision="bf16" if torch.cuda.is_available() else "no", kwargs_handlers=[distributed]
-    )
-
-
-def step_generator(device: torch.device, seed: int, rank: int, step: int) -> torch.Generator:
-    """All random numbers of one step on one process."""
-    key = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device=device).manual_seed(int(key) >> 1)
-
-
-def learning_rate(step: int, total: int, warmup: int, peak: float, final: float) -> float:
-    """Linear warm-up, then a cosine from `peak` to `final` at `total`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return final + 0.5 * (peak - final) * (1.0 + math.cos(math.pi * progress))
-
-
-class Planner:
-    """Fixes the number of steps: given, or what fits into the minutes at the speed measured.
-
-    The speed is the mean since the first look, when compiling is over: other work on the machine
-    comes and goes, and a few slow steps must not end a run early.
-    """
-
-    def __init__(self, steps: int, minutes: float | None, first: int = 200, every: int = 120) -> None:
-        self.total, self.minutes, self.first, self.every = steps, minutes, first, every
-        self.begin = self.mark = time.monotonic()
-
-    def update(self, step: int, accelerator: Accelerator) -> None:
-        """Call after every step of a run that counts from 0; the main process decides for all."""
-        since = step - self.first
-        if self.minutes is None or since < 0 or since % self.every:
-            return
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.monotonic()
-        if since == 0:
-            self.mark = now
-            return
-        rate = since / (now - self.mark)
-        left = self.minutes * 60 - (now - self.begin)
-        decided = torch.tensor([step + max(1, int(rate * left))], device=accelerator.device)
-        if accelerator.num_processes > 1:
-            torch.distributed.broadcast(decided, 0)
-        self.total = int(decided.item())
-        if since == self.every or since % (10 * self.every) == 0:
-            accelerator.print(
-                f"{rate:.2f} steps/s: {self.total} steps fit into {self.minutes} minutes", flush=True
-            )
-
-
-def train_vae(
-    preset: Preset,
-    images: Tensor,
-    out: Path,
-    *,
-    steps: int,
-    minutes: float | None,
-    batch: int,
-    lr: float,
-    seed: int,
-) -> Vae:
-    """Train the autoencoder on images (n, H, W, 3) uint8 that lie on this process's device."""
-    accelerator = Accelerator(mixed_precision="bf16" if images.is_cuda else "no")
-    torch.manual_seed(seed)
-    vae = Vae(preset.vae).to(accelerator.device)
-    if images.is_cuda:
-        vae = vae.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    step_of = accelerator.prepare_model(_VaeStep(vae)) if accelerator.num_processes > 1 else _VaeStep(vae)
-    planner = Planner(steps, minutes)
-    progress = tqdm(total=steps, desc="vae", disable=not accelerator.is_main_process, mininterval=5)
-    average: dict[str, Tensor] = {}
-    step = 0
-    while step < planner.total:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, planner.total, min(200, planner.total // 5), lr, lr * 0.02)
-        generator = step_generator(accelerator.device, seed, accelerator.process_index, step)
-        rows = torch.randint(images.shape[0], (batch,), device=images.device, generator=generator)
-        picture = images[rows].permute(0, 3, 1, 2).float() / 255.0
-        with accelerator.autocast():
-            loss = step_of(picture, generator)
-        accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_average(average, vae, min(0.999, (1 + step) / (10 + step)))
-        step += 1
-        planner.update(step, accelerator)
-        progress.total = planner.total
-        progress.update()
-        if step % 200 == 0:
-            progress.set_postfix(loss=f"{float(loss.detach()):.4f}")
-    progress.close()
-    vae.load_state_dict(average | {k: v for k, v in vae.state_dict().items() if k not in average})
-    vae.eval().requires_grad_(False)
-    generator = step_generator(accelerator.device, seed, 0, 1 << 30)
-    rows = torch.randint(images.shape[0], (2048,), device=images.device, generator=generator)
-    picture = images[rows].permute(0, 3, 1, 2).float() / 255.0
-    vae.normalize_latents(picture)
-    if accelerator.is_main_process:
-        with torch.no_grad():
-            decoded = torch.cat(
-                [vae.decode(vae.encode(part)).clamp(0, 1) for part in picture[:512].split(64)]
-            )
-        error = (decoded - picture[:512]).square().mean(dim=(1, 2, 3)).cpu().numpy()
-        quality = float(np.mean(-10 * np.log10(error)))
-        print(f"vae: {step} steps, mean PSNR {quality:.2f} dB on training images", flush=True)
-        if not quality >= 15.0:
-            raise FloatingPointError(
-                f"the autoencoder collapsed ({quality:.1f} dB); lower the learning rate, or train longer"
-            )
-        save_vae(vae, out)
-    accelerator.wait_for_everyone()
-    return vae
-
-
-class _VaeStep(torch.nn.Module):
-    """The loss as a forward pass, for the distributed wrapper."""
-
-    def __init__(self, vae: Vae) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        return vae_loss(self.vae, picture, generator=generator)
-
-
-@torch.no_grad()
-def update_average(average: dict[str, Tensor], model: torch.nn.Module, decay: float) -> None:
-    """Exponential moving average of the parameters, in float32, in place."""
-    named = dict(model.named_parameters())
-    if not average:
-        average.update({name: value.detach().float().clone() for name, value in named.items()})
-        return
-    torch._foreach_lerp_(
-        list(average.values()), [named[name].detach().float() for name in average], 1.0 - decay
     )
 
 
@@ -240,9 +94,19 @@ def compile_model(model: MultiviewModel, part: str) -> None:
         block.compile(dynamic=False)
 
 
+def recompute_blocks(model: MultiviewModel, vae: torch.nn.Module) -> None:
+    """Let the UNet's blocks, and those of SDXL's autoencoder, be computed again in the backward pass.
+
+    L_MI goes back through the decoder, whose activations at full resolution are the largest.
+    """
+    model.unet.unet.enable_gradient_checkpointing()
+    if isinstance(vae, KlVae):
+        vae.net.enable_gradient_checkpointing()
+
+
 def train_model(
     preset: Preset,
-    cache: LatentCache,
+    cache: Cache,
     vae: torch.nn.Module,
     watch: Watch | None,
     options: RunOptions,
@@ -268,31 +132,39 @@ def train_model(
     torch.manual_seed(options.seed)
     model = MultiviewModel(preset, None if unet is None else MultiviewUNet(preset.unet, unet)).to(device)
     if spec.gradient_checkpointing:
-        model.unet.unet.enable_gradient_checkpointing()
+        recompute_blocks(model, vae)
     if spec.losses.lambda_mi == 0:
         model.heads.requires_grad_(False)
     vae = vae.to(device)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizers = build_optimizers(trainable, spec.optimizer, spec.lr, spec.weight_decay)
     folder = options.out / "checkpoint"
     size = spec.batch * accelerator.num_processes
     average: dict[str, Tensor] = {}
     step, history, planner = 0, [], Planner(spec.steps, options.minutes)
     if options.resume:
-        state = load_state(folder)
+        with accelerator.main_process_first():  # one process mends a save that was interrupted
+            state = load_state(folder)
         check_resumable(folder, state, preset, size, options.seed)
         step, history = int(state["step"]), list(state["history"])
         planner.total, planner.minutes = int(state["total_steps"]), None
         mend = "restore the checkpoint from a copy, or train again"
         load_weights(model, folder / "model.safetensors", mend)
-        ema = read_tensors(folder / "ema.safetensors", mend, device)
-        average.update({name: ema[name] for name, _ in model.named_parameters()})
-        restore_optimizers(optimizers, read_tensors(folder / "optimizer.safetensors", mend, device))
     elif options.start_from is not None:
         load_weights(model, options.start_from / "ema.safetensors", "give the folder of a checkpoint")
+    sharded = options.shard or accelerator.distributed_type == DistributedType.FSDP
+    if sharded:
+        if spec.optimizer != "adamw" or options.bf16_gradients:
+            raise CheckpointError("a sharded model trains with adamw and exchanges gradients in float32")
+        shard(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizers = build_optimizers(trainable, spec.optimizer, spec.lr, spec.weight_decay)
+    if options.resume:
+        ema = read_tensors(folder / "ema.safetensors", mend, device)
+        average.update({n: local(spread_like(ema[n], p)) for n, p in model.named_parameters()})
+        moments = read_tensors(folder / "optimizer.safetensors", mend, device)
+        restore_optimizers(optimizers, spread_moments(optimizers, moments))
     if options.compile:
         compile_model(model, options.compile)
-    wrapped = accelerator.prepare_model(model)
+    wrapped = model if sharded else accelerator.prepare_model(model)
     if accelerator.is_main_process:
         options.out.mkdir(parents=True, exist_ok=True)
         # Lines that a killed run logged after its last checkpoint are about to be logged again.
@@ -308,21 +180,23 @@ def train_model(
     sums: dict[str, Tensor] = {}
     summed = 0
     while step < planner.total:
-        rate = learning_rate(step, planner.total, spec.warmup, spec.lr, spec.lr_final)
+        rate = learning_rate(step, planner.total, spec.warmup, spec.lr, spec.lr_final, spec.lr_drop)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         generator = step_generator(device, options.seed, accelerator.process_index, step)
         look_again = options.refresh_from is not None and step % options.refresh_every == 0
         if look_again and shard_names(options.refresh_from) not in ((), cache.shards):
             cache.free()  # the device need not hold two
-            cache = reload_cache(options.refresh_from, vae, device)
+            cache = reload_cache(options.refresh_from, vae, device, options.cache_in)
             names = f"{cache.shards[0]} ... {cache.shards[-1]}"
-            accelerator.print(f"step {step}: {cache.z_0.shape[0]} variants, {names}", flush=True)
+            accelerator.print(f"step {step}: {cache.variants} variants, {names}", flush=True)
         batch = cache.draw(spec.batch, generator)
         with accelerator.autocast():
             losses = wrapped(batch, vae, generator)
         accelerator.backward(losses["total"])
         norm = torch.nn.utils.clip_grad_norm_(trainable, spec.grad_clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -336,9 +210,7 @@ def train_model(
         progress.update()
         last = step == planner.total
         save, sheet = step % options.save_every == 0 or last, step % options.sheet_every == 0 or last
-        if not accelerator.is_main_process:
-            continue
-        if step % options.log_every == 0 or save:
+        if accelerator.is_main_process and (step % options.log_every == 0 or save):
             entry = {"step": step, **{name: float(value) / summed for name, value in sums.items()}}
             sums, summed = {}, 0
             if not all(math.isfinite(value) for value in entry.values()):
@@ -364,10 +236,14 @@ def train_model(
                     "seed": options.seed,
                     "history": history,
                 },
+                write=accelerator.is_main_process,
             )
-            loss_curves(options.out / "loss.png", history)
-        if sheet and watch is not None:
-            look(preset, full_average(average, model), vae, watch, options.out / f"sheet-{step:06d}.png")
+            if accelerator.is_main_process:
+                loss_curves(options.out / "loss.png", history)
+        if sheet:
+            weights = full_average(average, model)  # by all processes, where it is sharded
+            if watch is not None:
+                look(preset, weights, vae, watch, options.out / f"sheet-{step:06d}.png")
     progress.close()
     accelerator.wait_for_everyone()
     return folder
@@ -390,48 +266,3 @@ def check_resumable(folder: Path, state: dict[str, Any], preset: Preset, batch: 
             f"{folder} was trained with other settings ({'; '.join(changed)}); "
             "resume with the same ones, or begin anew with --start-from"
         )
-
-
-def full_average(average: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
-    """The averaged parameters with the buffers that need no average."""
-    return {name: average.get(name, value).detach() for name, value in model.state_dict().items()}
-
-
-def look(
-    preset: Preset,
-    weights: dict[str, Tensor],
-    vae: torch.nn.Module,
-    watch: Watch,
-    path: Path,
-    steps: int = 25,
-) -> None:
-    """Sample the watched objects with the averaged weights; write a sheet and print the figures."""
-    device = next(vae.parameters()).device
-    model = MultiviewModel(preset).to(device).eval()
-    model.load_state_dict(weights)
-    picture = torch.from_numpy(watch.picture).to(device).permute(0, 3, 1, 2).float() / 255.0
-    focal = torch.from_numpy(watch.focal).to(device)
-    for guidance in (1.0, preset.sampling.guidance):
-        sampling = replace(preset.sampling, steps=steps, guidance=guidance)
-        color, normal, mask = sample_views(model, vae, picture, focal, sampling)
-        figures = {
-            "psnr": np.mean([psnr(a, b) for a, b in zip(color, watch.color, strict=True)]),
-            "iou": np.mean([silhouette_iou(a, b) for a, b in zip(mask, watch.mask, strict=True)]),
-            "normal_deg": np.nanmean(
-                [normal_error_deg(*pair) for pair in zip(normal, watch.normal, mask, watch.mask, strict=True)]
-            ),
-        }
-        print(
-            f"{path.stem} guidance {guidance}: " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()),
-            flush=True,
-        )
-    rows = [
-        [view_row(color[i], normal[i]), view_row(watch.color[i], watch.normal[i])]
-        for i in range(min(16, len(color)))
-    ]
-    contact_sheet(path, list(watch.picture[:16]), rows)
-
-
-def with_train(preset: Preset, **changes: Any) -> Preset:
-    """A preset with some of its optimisation settings replaced; None leaves one as it is."""
-    return replace(preset, train=replace(preset.train, **{k: v for k, v in changes.items() if v is not None}))

@@ -1,5 +1,6 @@
 """The latent cache: what a shard holds, what a batch draws from it, and which shards it refuses."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import trimesh
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from train.cache import LatentCache, build_shard, load_cache, shares, vae_fingerprint
+from train.cache import PLACES, LatentCache, MappedCache, build_shard, load_cache, shares, vae_fingerprint
 from train.checkpoint import CheckpointError
 from train.dataset import render_folder
 from train.objects import find_objects
@@ -108,7 +109,8 @@ def test_refused_folders(folder: Path, tmp_path: Path, vae: Vae) -> None:
     with safe_open(shard, "pt") as file:
         meta = file.metadata()
     (tmp_path / shard.name).write_bytes(shard.read_bytes())
-    save_file(load_file(shard), tmp_path / "shard-001.safetensors", meta | {"variants": "4"})
+    twice = {key: torch.cat([value, value]) for key, value in load_file(shard).items()}
+    save_file(twice, tmp_path / "shard-001.safetensors", meta | {"variants": "4"})
     with pytest.raises(CheckpointError, match=r"different numbers of variants: \[2, 4\]"):
         load_cache(tmp_path, vae, CPU)
     (tmp_path / "shard-001.safetensors").write_bytes(shard.read_bytes()[:999])
@@ -125,3 +127,38 @@ def test_fingerprint_tells_autoencoders_apart(vae: Vae) -> None:
     assert vae_fingerprint(other) == vae_fingerprint(vae)
     other.latent_scale.mul_(1.001)
     assert vae_fingerprint(other) != vae_fingerprint(vae)
+
+
+def test_draws_are_the_same_wherever_the_cache_lies(folder: Path, vae: Vae) -> None:
+    caches = [load_cache(folder, vae, CPU, place) for place in PLACES]
+    assert isinstance(caches[2], MappedCache) and {cache.variants for cache in caches} == {6}
+    assert {cache.objects for cache in caches} == {OBJECTS} and len({cache.shards for cache in caches}) == 1
+    seen = set()
+    for seed, count in enumerate([1, 2, 3, 3, 5]):
+        batches = [asdict(c.draw(count, torch.Generator().manual_seed(seed))) for c in caches]
+        for key, value in batches[0].items():
+            assert value.dtype == torch.float32 and len(value) == count
+            assert all(torch.equal(value, other[key]) for other in batches[1:]), key
+        seen |= {float(row.sum()) for row in batches[0]["z_0"]}
+    assert len(seen) >= 5  # rows of both shards
+    with pytest.raises(ValueError, match="lies in device, host, disk, not in 'tape'"):
+        load_cache(folder, vae, CPU, "tape")
+
+
+def test_a_mapped_cache_refuses_the_same_shards(folder: Path, vae: Vae, tmp_path: Path) -> None:
+    shard = folder / "shard-000.safetensors"
+    (tmp_path / shard.name).write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_cache(tmp_path, vae, CPU, "disk")
+    with safe_open(shard, "pt") as file:
+        meta = file.metadata()
+    save_file(load_file(shard), tmp_path / shard.name, meta | {"variants": "1"})
+    with pytest.raises(CheckpointError, match="4 rows for 2 objects of 1"):
+        load_cache(tmp_path, vae, CPU, "disk")
+
+
+def test_a_mapped_cache_is_given_back(folder: Path, vae: Vae) -> None:
+    cache = load_cache(folder, vae, CPU, "disk")
+    cache.free()
+    with pytest.raises(IndexError):
+        cache.draw(2, torch.Generator())

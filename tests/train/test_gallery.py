@@ -1,13 +1,24 @@
 """`python -m train gallery`: every picture has its line, with views and a mesh on it."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from train.__main__ import cli
 from train.gallery import VIEW_PX
+from uc3d_rt.mesh.build import MeshOptions
+from uc3d_rt.neus.fit import FitOptions
+
+
+@pytest.fixture(autouse=True)
+def small_meshes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sheet is tested here, not the fit."""
+    monkeypatch.setattr("uc3d_rt.neus.fit.FitOptions", partial(FitOptions, resolution=32, iterations=(5,)))
+    monkeypatch.setattr("uc3d_rt.mesh.build.MeshOptions", partial(MeshOptions, faces=1000, texture_px=128))
 
 
 def test_a_line_a_picture(tmp_path: Path, tiny_bundle: Path, object_png: Path) -> None:

@@ -19,8 +19,7 @@ from train.losses import (
     velocity,
 )
 from train.model import Batch, MultiviewModel
-from train.presets import TOY, LossWeights, Preset
-from train.trainer import with_train
+from train.presets import TOY, LossWeights, Preset, with_train
 from train.vae import Vae
 from uc3d_rt.contract import NoiseSchedule
 from uc3d_rt.sampler import alpha_bars, step_weights

@@ -25,9 +25,9 @@ from train.presets import (
     LossWeights,
     Preset,
     UNetSpec,
+    with_train,
 )
 from train.pretrained import load_sdxl_unet, load_sdxl_vae
-from train.trainer import with_train
 
 TINY = Preset(
     name="sdxl",

@@ -8,8 +8,8 @@ from torch import Tensor
 from train.model import MultiviewModel
 from train.presets import TOY
 from train.probe import CONDITIONS, errors_of_conditions, latents, table
-from train.trainer import Watch
 from train.vae import Vae
+from train.watch import Watch
 
 OBJECTS = 2
 

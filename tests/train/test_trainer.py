@@ -12,20 +12,14 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from train.__main__ import cli
+from train.average import update_average
 from train.cache import LatentCache, load_cache, reload_cache, vae_fingerprint
 from train.checkpoint import CheckpointError, load_state, save_vae
-from train.presets import TOY, Preset
-from train.trainer import (
-    Planner,
-    RunOptions,
-    Watch,
-    learning_rate,
-    step_generator,
-    train_model,
-    update_average,
-    with_train,
-)
+from train.presets import TOY, Preset, with_train
+from train.schedule import Planner, learning_rate, step_generator
+from train.trainer import RunOptions, train_model
 from train.vae import Vae
+from train.watch import Watch
 
 SMALL = with_train(
     TOY, batch=3, steps=6, warmup=2, losses=replace(TOY.train.losses, var_objects=2, mi_objects=2)
@@ -212,7 +206,7 @@ def test_planner_fits_steps_into_minutes(monkeypatch: pytest.MonkeyPatch) -> Non
         print = staticmethod(lambda *_, **__: None)
 
     clock = [0.0]
-    monkeypatch.setattr("train.trainer.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("train.schedule.time.monotonic", lambda: clock[0])
     planner = Planner(10_000, minutes=10.0, first=5, every=10)
     for step in range(1, 16):
         clock[0] += 30.0 if step <= 5 else 0.5  # a slow start, then two steps a second

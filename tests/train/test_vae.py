@@ -6,8 +6,8 @@ import torch
 
 from train.checkpoint import build_vae, load_vae
 from train.presets import EDGE, TOY
-from train.trainer import train_vae
 from train.vae import Vae, vae_loss
+from train.vae_trainer import train_vae
 
 
 @pytest.fixture
