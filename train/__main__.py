@@ -248,7 +248,7 @@ def gallery(
     type=click.Choice(["all", "views", "mesh", "normals", "viewpoint", "text"]),
     default="all",
     show_default=True,
-    help="What is measured: as the paper's tables; see docs/training.md.",
+    help="What is measured: as the paper's tables; see docs/evaluation.md.",
 )
 @limit_option
 @click.option("--no-mesh", is_flag=True, help="Fit no meshes: measure the views alone.")
@@ -292,6 +292,10 @@ def evaluate(
         raise click.UsageError("--azimuths is for --protocol viewpoint")
     if not text and (fid_weights is not None or clip is not None):
         raise click.UsageError("--fid-weights and --clip are for --protocol text")
+    if protocol in ("viewpoint", "text") and (train_objects is not None or index is not None):
+        raise click.UsageError(
+            f"--protocol {protocol} looks up no training object; leave out --train-objects and --index"
+        )
     if lpips_weights is not None and protocol in ("mesh", "normals", "text"):
         raise click.UsageError(f"--protocol {protocol} has no LPIPS; leave out --lpips-weights")
 
@@ -304,7 +308,7 @@ def evaluate(
 
     with plain_errors(ValueError, Uc3dError):
         found = list(read_prompts(folder)) if text else find_objects(folder)
-    with plain_errors(Uc3dError):
+    with plain_errors(Uc3dError, OSError):
         options = EvaluateOptions(
             bundle=bundle, objects=folder, out=out, train_objects=train_objects, index=index,
             meshes=not no_mesh, steps=steps, guidance=guidance, seed=seed, workers=workers,

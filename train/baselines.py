@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from train.augment import normalizing_placement, tight_window, yaw_matrix
 from train.objects import Material, Object, load_object
 from train.render import Scene, View
 from train.truth import EvalSample
+from uc3d_rt.errors import UsageError
 from uc3d_rt.preprocess import frame_object
 from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS, Camera, decode_normals, encode_normals, pixel_grid
 
@@ -197,12 +199,21 @@ def train_index(
         encoder_sha256: of the image encoder's file.
         compute: features (yaws, D) of each file, in order.
         on_progress: called with (objects done, objects in all).
+
+    Raises:
+        UsageError: `cache` is some other file.
     """
     known: dict[str, FloatArray] = {}
     if cache.is_file():
-        with np.load(cache, allow_pickle=False) as stored:
-            if str(stored["encoder"]) == encoder_sha256:
-                known = dict(zip(stored["files"].tolist(), stored["features"], strict=True))
+        try:
+            # NumPy leaves a damaged file open that it opened itself.
+            with cache.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+                if str(stored["encoder"]) == encoder_sha256:
+                    known = dict(zip(stored["files"].tolist(), stored["features"], strict=True))
+        except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, BadZipFile) as error:
+            raise UsageError(
+                f"{cache} is no index of training objects ({error}); remove it, or give another --index"
+            ) from error
     names = [path.relative_to(folder).as_posix() for path in files]
     missing = [path for path, name in zip(files, names, strict=True) if name not in known]
     for done, (path, features) in enumerate(zip(missing, compute(missing), strict=True), start=1):

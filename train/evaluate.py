@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from train.evaluator import Evaluator, opened_pipeline, record_path
 from train.gallery_page import gallery_page
 from train.metrics import Row
 from train.objects import find_objects
-from train.perceptual import sha256_of
+from train.perceptual import lpips_metric
 from train.protocols import EvaluateOptions
 from train.report import (
     COLUMNS,
@@ -35,6 +36,7 @@ from train.report import (
     ROWS,
     Column,
     Record,
+    counted,
     markdown,
     progress_line,
     record_names,
@@ -45,13 +47,23 @@ from train.report import (
 from train.sheets import write_picture
 from train.text import COLUMNS as TEXT_COLUMNS
 from train.text import ROWS as TEXT_ROWS
-from train.text import read_prompts, scored, text_markdown, text_summary
+from train.text import Scores, read_prompts, scored, scores_from, text_markdown, text_summary
 from train.viewpoint_report import ROWS as VIEWPOINT_ROWS
-from train.viewpoint_report import viewpoint_markdown, viewpoint_summary
+from train.viewpoint_report import agreeing, viewpoint_markdown, viewpoint_summary
 from uc3d_rt.contract import load_manifest
 from uc3d_rt.errors import UsageError
 
 PAGE = 25  # objects on a contact sheet
+
+PICTURES: dict[str, str] = {
+    "all": "Six views at azimuths 30, 90 … 330 from the input, colour over normals; the truth likewise. "
+    "A mesh is shown from four sides and from above.",
+    "viewpoint": "A line an input: the input; six views at azimuths 30, 90 … 330 from it, colour over "
+    "normals; the truth likewise; and, where meshes are fitted, the mesh from the sides of the first input.",
+    "text": "The picture; six views at azimuths 30, 90 … 330 from it, colour over normals; and, where it has "
+    "one, its mesh as the same six cameras see it.",
+}
+"""What the gallery shows, by protocol; the others are as `all`."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +83,24 @@ def evaluate(
     """Measure the bundle on files of `options.objects`; `summary` is what `metrics.json` holds.
 
     Raises:
-        UsageError: OUT holds an evaluation with other settings, or weights do not fit.
+        UsageError: OUT holds an evaluation with other settings, the training folder holds no object, weights
+            do not fit, a worker process died, or not one object could be measured.
         BundleError, BackendError: see `uc3d_rt.errors`.
     """
     names = record_names(options.objects, files)
     prompts = {names[path]: prompt for path, prompt in _prompts(options).items() if path in names}
     folder, train_files = options.train_folder(), list[Path]()
     if folder is not None:
-        train_files = find_objects(folder)
+        try:
+            train_files = find_objects(folder)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    # Weights that do not fit are told before hours of work, by this process, and before OUT is begun.
+    scores = scores_from(options.weights, options.device) if options.protocol == "text" else Scores()
+    if "lpips" in options.networks and options.weights.lpips is not None:
+        lpips_metric(options.weights.lpips)
     settings = _check_settings(options, train_files, say)
-    missing = [path for path in files if not record_path(options.out, names[path]).is_file()]
+    missing = [path for path in files if not _is_measured(record_path(options.out, names[path]))]
     if missing:
         index = None
         if folder is not None:
@@ -96,12 +116,23 @@ def evaluate(
     for path in files:
         records[names[path]] = json.loads(record_path(options.out, names[path]).read_text("utf-8"))
     entries = {} if options.protocol == "text" else index_entries(options.objects)
-    report = _report(options, records, settings, entries, prompts)
+    report = _report(options, records, settings, entries, prompts, scores)
     write_json(options.out / "metrics.json", report.summary)
     write_text(options.out / "metrics.md", report.markdown)
     write_text(options.out / "gallery.html", _gallery(options, report, entries, prompts))
     _write_sheets(options, [name for name in records if "left_out" not in records[name]])
+    if not report.summary["objects"]:
+        first = next(iter(report.summary["left_out_objects"].values()))
+        raise UsageError(
+            f"none of {len(files)} objects could be measured (the first: {first}); "
+            f"{options.out / 'metrics.md'} says why of each"
+        )
     return report
+
+
+def _is_measured(path: Path) -> bool:
+    """Whether a record is there; what was left out is tried again, for its file may have been mended."""
+    return path.is_file() and "left_out" not in json.loads(path.read_text("utf-8"))
 
 
 def _prompts(options: EvaluateOptions) -> dict[Path, str]:
@@ -110,14 +141,15 @@ def _prompts(options: EvaluateOptions) -> dict[Path, str]:
 
 def _report(
     options: EvaluateOptions, records: dict[str, Record], settings: Record,
-    entries: Mapping[str, Entry], prompts: Mapping[str, str],
+    entries: Mapping[str, Entry], prompts: Mapping[str, str], scores: Scores,
 ) -> Report:  # fmt: skip
     left_out = options.weights.left_out(options.networks)
     if options.protocol == "text":
         measured = {name: record for name, record in records.items() if "left_out" not in record}
-        told, rows, left_out = scored(measured, prompts, options.out, options.weights, options.device)
+        told, rows, silent = scored(measured, prompts, options.out, scores)
         records = {name: told.get(name, record) for name, record in records.items()}
-        summary = text_summary(records, prompts, settings, rows, left_out)
+        summary = text_summary(records, prompts, settings, rows, left_out | silent)
+        summary["weights_sha256"] = options.weights.digests(options.networks)
         titles, columns = TEXT_ROWS, TEXT_COLUMNS
         text = text_markdown(summary)
     elif options.protocol == "viewpoint":
@@ -131,30 +163,36 @@ def _report(
             columns = NORMAL_COLUMNS["over both silhouettes"]
         text = markdown(summary)
     by_title = {titles[row]: values for row, values in summary["rows"].items()}
+    if options.protocol == "viewpoint":
+        for row, values in agreeing(summary).items():
+            by_title[f"{titles[row]}, agreement between inputs"] = values
     return Report(summary, text, by_title, columns, records)
 
 
 def _gallery(
     options: EvaluateOptions, report: Report, entries: Mapping[str, Entry], prompts: Mapping[str, str]
 ) -> str:
-    s, subtitles = report.summary["settings"], dict(prompts)
+    s = report.summary["settings"]
+    subtitles = {name: f"“{prompt}”" for name, prompt in prompts.items()}
     figures = {n: r["rows"]["model"] for n, r in report.records.items() if "left_out" not in r}
     for name in figures:
         record, about = report.records[name], list[str]()
         if "elevation_deg" in record:
             focal = "orthographic" if record["focal_mm"] is None else f"{record['focal_mm']:g} mm"
-            about.append(f"seen from {record['elevation_deg']:.0f}° up, {focal}")
+            about.append(f"input at elevation {record['elevation_deg']:.0f}°, {focal}")
         if category := entries.get(name, {}).get("category"):
             about.insert(0, category)
+        if near := record.get("nearest"):
+            about.append(f"nearest training object {near['file']}")
         if about:
             subtitles[name] = ", ".join(about)
     lines = [
         f"{s['bundle']} ({s['profile']}), protocol {s['protocol']}, {s['steps']} steps, "
         f"guidance {s['guidance']:g}, seed {s['seed']}. All figures: metrics.md.",
-        "Six views at azimuths 30, 90 … 330 from the input, colour over normals; the truth likewise. "
-        "A mesh is shown from four sides and from above.",
+        PICTURES[options.protocol if options.protocol in PICTURES else "all"],
     ]
-    title = f"Evaluation of {s['bundle']}: {report.summary['objects']} objects"
+    kind = "picture" if options.protocol == "text" else "object"
+    title = f"Evaluation of {s['bundle']}: {counted(report.summary['objects'], kind)}"
     return gallery_page(
         title, lines, report.rows, report.columns, report.records, figures, options.measures.main, subtitles
     )
@@ -172,7 +210,6 @@ def _check_settings(
     assert choice is not None
     if options.device != "cpu":
         say(f"networks run on {choice}; the fit on {options.device}")
-    lpips = options.weights.lpips if "lpips" in options.networks else None
     settings: Record = {
         "bundle": options.bundle.resolve().name,
         "profile": manifest.profile,
@@ -185,13 +222,18 @@ def _check_settings(
         "meshes": options.fits,
         "train_objects": len(train_files),
         "networks_on": choice.name,
-        "lpips_sha256": None if lpips is None else sha256_of(lpips),
+        "lpips_sha256": options.weights.digests(options.networks).get("lpips"),
     }
     if options.protocol == "viewpoint":
         settings["azimuths"] = options.azimuths
     path = options.out / "settings.json"
     if path.is_file():
-        there = json.loads(path.read_text("utf-8"))
+        try:
+            there = dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"{path} is none of an evaluation's ({error}); give another --out, or remove it"
+            ) from error
         other = [key for key, value in settings.items() if there.get(key) != value]
         if other:
             raise UsageError(
@@ -263,6 +305,11 @@ def _workers(
     ) as pool:
         try:
             yield pool.map
+        except BrokenProcessPool as error:
+            raise UsageError(
+                f"a worker process died, perhaps for want of memory; what was measured is kept: go on with "
+                f"--workers below {options.workers}"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

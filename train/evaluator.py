@@ -273,7 +273,7 @@ def gallery_pictures(
     """Write an object's pictures for the gallery; `(title, path from OUT)` of each."""
     written: list[Sequence[str]] = []
     for title, pixels in pictures.items():
-        path = Path("gallery") / f"{name}_{title.replace(' ', '_')}.png"
+        path = Path("gallery") / name / f"{title.replace(' ', '_')}.png"
         height = 2 * px
         width = round(pixels.shape[1] * height / pixels.shape[0])
         write_picture(out / path, Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))

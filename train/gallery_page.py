@@ -20,21 +20,31 @@ h2 { font-size: 1.05rem; margin: 0 0 .2rem; }
 h2 small, .about, figcaption { color: #666; font-weight: normal; font-size: .85rem; }
 .rank { float: right; color: #666; }
 .figures { margin: .3rem 0; } .figures b { margin-right: 1rem; font-variant-numeric: tabular-nums; }
-.pictures { display: flex; flex-wrap: wrap; gap: .6rem; }
-figure { margin: 0; } img { max-width: 100%; border: 1px solid #eee; display: block; }
+.pictures { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 3fr); gap: .4rem .6rem; }
+figure { margin: 0; grid-column: 2; } figure:first-child { grid-column: 1; grid-row: 1 / span 9; }
+figure:only-child { grid-column: 1 / -1; }
+img { max-width: 100%; border: 1px solid #eee; display: block; }
 .worst { border-left: 5px solid #c0392b; } .best { border-left: 5px solid #27854a; }
 """
 
-# Sorts the articles by a figure; cards without it stay at the end.
+# Sorts and ranks the cards by a figure, as `_ranked` does; those without it stand at the end, unranked.
 SCRIPT = """
 const list = document.getElementById('objects'), by = document.getElementById('by');
 const order = document.getElementById('order');
 function sort() {
-  const better = by.selectedOptions[0].dataset.better === 'more' ? 1 : -1;
-  const sign = better * (order.value === 'worst' ? 1 : -1);
-  const key = 'data-' + by.value;
-  const value = card => card.hasAttribute(key) ? sign * card.getAttribute(key) : Infinity;
-  [...list.children].sort((a, b) => value(a) - value(b)).forEach(card => list.append(card));
+  const sign = by.selectedOptions[0].dataset.better === 'more' ? 1 : -1;
+  const key = 'data-' + by.value, all = [...list.children];
+  const some = all.filter(card => card.hasAttribute(key));
+  some.sort((a, b) => sign * (a.getAttribute(key) - b.getAttribute(key)));
+  const third = Math.floor(some.length / 3);
+  some.forEach((card, place) => {
+    card.className = place < third ? 'worst' : place >= some.length - third ? 'best' : 'typical';
+    card.querySelector('.rank').textContent = card.className + ', ' + (place + 1) + ' of ' + some.length;
+  });
+  const none = all.filter(card => !card.hasAttribute(key));
+  for (const card of none) { card.className = ''; card.querySelector('.rank').textContent = ''; }
+  if (order.value === 'best') some.reverse();
+  list.append(...some, ...none);
 }
 by.onchange = order.onchange = sort;
 """
@@ -65,14 +75,10 @@ def gallery_page(
     filled = [c for c in columns if any(row.get(c.name) is not None for row in figures.values())]
     names = [name for name in records if "left_out" not in records[name]]
     ranked = next((c for c in filled if c.name == main), filled[0] if filled else None)
-    if ranked is not None:
-        names.sort(key=lambda name: _badness(figures[name], ranked), reverse=True)
-    third = len(names) // 3
-    cards = []
-    for place, name in enumerate(names):
-        kind = "worst" if place < third else "best" if place >= len(names) - third else "typical"
-        rank = f"{kind}, {place + 1} of {len(names)}" if ranked is not None else ""
-        cards.append(_card(name, subtitles.get(name, ""), records[name], figures[name], filled, kind, rank))
+    cards = [
+        _card(name, subtitles.get(name, ""), records[name], figures[name], filled, kind, rank)
+        for name, kind, rank in _ranked(names, figures, ranked)
+    ]
     text = html.escape
     options = [
         f'<option value="{c.name}" data-better="{"more" if c.more_is_better else "less"}"'
@@ -100,11 +106,20 @@ def gallery_page(
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def _badness(row: Row, column: Column) -> float:
-    value = row.get(column.name)
-    if value is None:
-        return float("inf")
-    return -value if column.more_is_better else value
+def _ranked(
+    names: Sequence[str], figures: Mapping[str, Row], column: Column | None
+) -> list[tuple[str, str, str]]:
+    """Name, kind (worst third, typical, best third) and rank, worst first; last those without a figure."""
+    if column is None:
+        return [(name, "", "") for name in names]
+    given = {name: value for name in names if (value := figures[name].get(column.name)) is not None}
+    order = sorted(given, key=lambda name: given[name], reverse=not column.more_is_better)
+    count, third = len(order), len(order) // 3
+    told = []
+    for place, name in enumerate(order):
+        kind = "worst" if place < third else "best" if place >= count - third else "typical"
+        told.append((name, kind, f"{kind}, {place + 1} of {count}"))
+    return told + [(name, "", "") for name in names if name not in given]
 
 
 def _table(rows: Mapping[str, Row], columns: Sequence[Column]) -> str:

@@ -7,6 +7,7 @@ The networks are those of torchmetrics, torch-fidelity and transformers (`pip in
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from uc3d_rt.errors import UsageError
 
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 ByteArray = NDArray[np.uint8]
 ImageMetric = Callable[[NDArray[np.floating], NDArray[np.floating]], float]
 """Mean over images (V, H, W, 3) in [0, 1] of a distance to the true ones."""
+
+SetMetric = Callable[[Sequence[ByteArray], Sequence[ByteArray]], float]
+"""Distance between two sets of images (H, W, 3), the made ones first."""
+
+TextMetric = Callable[[Sequence[ByteArray], Sequence[str]], list[float]]
+"""Likeness of each image (H, W, 3) with its text."""
 
 INSTALL = "run: pip install '.[metrics]' (with a torchvision made for the torch that is installed)"
 
@@ -50,9 +58,17 @@ class Weights:
         """Metrics of `wanted` without weights, with the mend of each."""
         return {name: MENDS[name] for name in wanted if getattr(self, name) is None}
 
+    def digests(self, wanted: Sequence[str]) -> dict[str, str | None]:
+        """SHA-256 of the weights of each metric of `wanted`; None where there are none."""
+        paths: dict[str, Path | None] = {name: getattr(self, name) for name in wanted}
+        return {name: None if path is None else sha256_of(path) for name, path in paths.items()}
+
 
 def sha256_of(path: Path) -> str:
-    """Of a file of weights."""
+    """Of a file of weights; of a folder, that of the digests of its safetensors files, by name."""
+    if path.is_dir():
+        digests = "".join(sha256_of(file) for file in sorted(path.glob("*.safetensors")))
+        return hashlib.sha256(digests.encode()).hexdigest()
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -66,23 +82,17 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: the file is unreadable, or holds more than tensors.
     """
-    import pickle
-
     import torch
+    from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return dict(load_file(path))
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        first = str(error).partition("\n")[0]
+    except Exception as error:  # a damaged file can make the unpickler of tensors raise anything
         raise UsageError(
-            f"{path} holds no plain state dict ({first}); give weights as safetensors"
+            f"{path} holds no plain state dict ({first_line(error)}); give weights as safetensors"
         ) from error
-    except Exception as error:  # safetensors has an error of its own that is no child of these
-        raise UsageError(f"{path} cannot be read as weights ({error})") from error
     if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
         raise UsageError(f"{path} holds more than tensors by name; save its state dict alone")
     return held
@@ -110,7 +120,9 @@ def lpips_metric(path: Path, device: str = "cpu") -> ImageMetric:
     try:
         net.net.load_state_dict({name: given[source] for name, source in names.items()})
     except (KeyError, RuntimeError) as error:
-        raise UsageError(f"{path} does not fit torchvision's AlexNet or VGG-16 ({error})") from error
+        raise UsageError(
+            f"{path} does not fit torchvision's AlexNet or VGG-16 ({first_line(error)}); give their weights"
+        ) from error
     net = net.to(device).eval()
 
     def mean_distance(image: NDArray[np.floating], truth: NDArray[np.floating]) -> float:
@@ -124,10 +136,8 @@ def lpips_metric(path: Path, device: str = "cpu") -> ImageMetric:
     return mean_distance
 
 
-def frechet_distance(
-    path: Path, device: str = "cpu"
-) -> Callable[[Sequence[ByteArray], Sequence[ByteArray]], float]:
-    """FID (Heusel et al. 2017) between two sets of images (H, W, 3), each of two or more.
+def frechet_distance(path: Path, device: str = "cpu") -> SetMetric:
+    """FID (Heusel et al. 2017) between two sets of images, each of two or more.
 
     Raises:
         UsageError: the libraries are not there, or the weights do not fit.
@@ -143,8 +153,9 @@ def frechet_distance(
         try:
             metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(checked))
         except RuntimeError as error:
-            first = str(error).partition("\n")[0]
-            raise UsageError(f"{path} does not fit torch-fidelity's InceptionV3 ({first})") from error
+            raise UsageError(
+                f"{path} does not fit torch-fidelity's InceptionV3 ({first_line(error)}); give its weights"
+            ) from error
         except ModuleNotFoundError as error:
             raise UsageError(f"{error}; {INSTALL}") from error
     metric = metric.to(device)
@@ -160,38 +171,53 @@ def frechet_distance(
     return distance
 
 
-def clip_score(
-    folder: Path, device: str = "cpu"
-) -> Callable[[Sequence[ByteArray], Sequence[str]], list[float]]:
-    """Cosine of each image (H, W, 3) with its text, by a local CLIP (Radford et al. 2021).
+def clip_score(folder: Path, device: str = "cpu") -> TextMetric:
+    """Cosine of each square image with its text, by a local CLIP (Radford et al. 2021).
 
     Raises:
         UsageError: transformers is not there, or the folder holds no such model.
     """
     with _installed():
         import torch
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        from safetensors import SafetensorError
+        from transformers import AutoTokenizer, CLIPModel
     local: dict[str, Any] = {"local_files_only": True}
     try:
-        model = CLIPModel.from_pretrained(folder, use_safetensors=True, **local).to(device).eval()
+        # Without it the library would take the sizes of a usual one.
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError("config.json is missing")
+        told = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+        mean, std = (np.array(told[name], np.float32) for name in ("image_mean", "image_std"))
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        processor = AutoImageProcessor.from_pretrained(folder, use_fast=False, **local)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).partition("\n")[0]
+        model, found = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, **local
+        )
+        # The library would fill what is missing with random numbers.
+        if found["missing_keys"]:
+            raise ValueError(f"no weights of {min(found['missing_keys'])}")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(
-            f"{folder} is no folder of a CLIPModel with safetensors weights ({first})"
+            f"{folder} is no whole CLIPModel ({first_line(error)}); give a folder with config.json, "
+            "model.safetensors, preprocessor_config.json and the tokenizer's files"
         ) from error
+    model = model.to(device).eval()
+    side = int(model.config.vision_config.image_size)
+
+    def pixels(images: Sequence[ByteArray]) -> torch.Tensor:
+        # As the processor of such a folder, which crops nothing of a square; it needs torchvision.
+        small = [Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC) for image in images]
+        unit = np.stack([np.asarray(image, np.float32) for image in small]) / np.float32(255.0)
+        return torch.from_numpy(((unit - mean) / std).transpose(0, 3, 1, 2)).to(device)
 
     def cosines(images: Sequence[ByteArray], texts: Sequence[str]) -> list[float]:
         found: list[float] = []
         for start in range(0, len(images), _BATCH):
-            pixels = processor(list(images[start : start + _BATCH]), return_tensors="pt")
             words = tokenizer(
                 list(texts[start : start + _BATCH]), padding=True, truncation=True, return_tensors="pt"
             )
             with torch.no_grad():
-                told = model(**words.to(device), pixel_values=pixels["pixel_values"].to(device))
-            a, b = (x / x.norm(dim=-1, keepdim=True) for x in (told.image_embeds, told.text_embeds))
+                made = model(**words.to(device), pixel_values=pixels(images[start : start + _BATCH]))
+            a, b = (x / x.norm(dim=-1, keepdim=True) for x in (made.image_embeds, made.text_embeds))
             found += (a * b).sum(dim=-1).tolist()
         return found
 
@@ -204,4 +230,9 @@ def _installed() -> Iterator[None]:
     try:
         yield
     except (ImportError, RuntimeError) as error:  # torchvision of another torch raises the latter
-        raise UsageError(f"{error}; {INSTALL}") from error
+        raise UsageError(f"{first_line(error)}; {INSTALL}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says; libraries append whole lists of names."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

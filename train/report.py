@@ -189,14 +189,12 @@ def markdown(summary: Record) -> str:
         for where, angles in NORMAL_COLUMNS.items():
             lines += [f"Normals, {where} (of each object, then the mean over objects):", ""]
             lines += [markdown_table(titles, None, angles), ""]
-    lines += [
-        "The ceiling's views are the true ones through the bundle's autoencoder; its meshes are fitted to "
-        "the true views.",
-    ]
-    if measures.meshes:
+    if measures.colors or measures.normals:
+        lines.append("The ceiling's views are the true ones through the bundle's autoencoder.")
+    if summary["settings"].get("meshes"):
         lines.append(
-            "Chamfer: mean of both mean nearest distances, the object's longest side = 1. "
-            "Nothing is aligned before it is measured."
+            "The ceiling's meshes are fitted to the true views. Chamfer: mean of both mean nearest "
+            "distances, the object's longest side = 1. Nothing is aligned before it is measured."
         )
     for row, reason in summary["left_out_rows"].items():
         lines.append(f"Left out: {ROWS[row]} ({reason}).")
@@ -217,9 +215,14 @@ def opening(summary: Record, inputs: str) -> str:
     """The first line of every `metrics.md`: of what, and with which settings."""
     s = summary["settings"]
     return (
-        f"{summary['objects']} objects, {inputs}; bundle `{s['bundle']}` ({s['profile']}), "
+        f"{counted(summary['objects'], 'object')}, {inputs}; bundle `{s['bundle']}` ({s['profile']}), "
         f"{s['steps']} steps, guidance {s['guidance']:g}, seed {s['seed']}; views of {s['image_px']} px."
     )
+
+
+def counted(number: int, thing: str) -> str:
+    """A number and its thing, in the plural where it must be."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def left_out_lines(summary: Record) -> list[str]:
@@ -258,7 +261,7 @@ def progress_line(record: Record) -> str:
     if "psnr" in row:
         del named["normal_deg"]
     told = [text.format(row[name]) for name, text in named.items() if row.get(name) is not None]
-    return f"{record['name']}: {'  '.join(told)}  {record['seconds']:.0f} s"
+    return f"{record['name']}: {'  '.join([*told, '{:.0f} s'.format(record['seconds'])])}"
 
 
 def write_json(path: Path, record: Record) -> None:

@@ -36,7 +36,7 @@ def contact_sheet(
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """A file of the kind its name says, that is whole or not there."""
+    """An image file that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     picture.save(temporary)

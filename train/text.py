@@ -13,7 +13,9 @@ A folder holds the pictures that a text-to-image model made, and `prompts.csv` w
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from train.baselines import as_object
-from train.perceptual import Weights, clip_score, frechet_distance
+from train.perceptual import SetMetric, TextMetric, Weights, clip_score, frechet_distance
 from train.protocols import EvaluateOptions
-from train.render import Scene, View
+from train.render import Light, Scene, View
 from train.report import Column, Record, left_out_lines, markdown_table, opening
 from train.sheets import contact_sheet, view_row, write_picture
 from uc3d_rt.errors import FitError, UsageError
@@ -38,6 +40,9 @@ ByteArray = NDArray[np.uint8]
 PROMPTS = "prompts.csv"
 VIEW_PX = 80
 
+UNLIT = Light(direction=(0.0, 1.0, 0.0), ambient=1.0, key=0.0, wrap=1.0)
+"""Colours as they are: the mesh's come from the six views, whose light is in them already."""
+
 COLUMNS: tuple[Column, ...] = (
     Column("fid", "FID ↓", 1, False),
     Column("clip", "CLIP score ↑", 3, True),
@@ -49,30 +54,68 @@ ROWS: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Scores:
+    """The metrics of this protocol; None: no weights are given."""
+
+    fid: SetMetric | None = None
+    clip: TextMetric | None = None
+
+
+def scores_from(weights: Weights, device: str) -> Scores:
+    """Open what there are weights for.
+
+    Raises:
+        UsageError: weights do not fit, or the libraries are not there.
+    """
+    return Scores(
+        None if weights.fid is None else frechet_distance(weights.fid, device),
+        None if weights.clip is None else clip_score(weights.clip, device),
+    )
+
+
 def read_prompts(folder: Path) -> dict[Path, str]:
     """Prompt by picture, in the file's order.
 
     Raises:
-        UsageError: `prompts.csv` is missing, has other columns, names no picture, or one that is not there.
+        UsageError: `prompts.csv` is missing or unreadable, has other columns, names no picture, or one that
+            is not there.
     """
-    path = folder / PROMPTS
+    path, prompts = folder / PROMPTS, dict[Path, str]()
     if not path.is_file():
         raise UsageError(f"{path} is missing; write it with the columns file,prompt, a line a picture")
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); write it as UTF-8") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
         if not {"file", "prompt"} <= set(reader.fieldnames or ()):
             raise UsageError(f"{path} has the columns {reader.fieldnames}; it needs file and prompt")
-        prompts: dict[Path, str] = {}
         for row in reader:
-            picture, prompt = folder / (row["file"] or ""), (row["prompt"] or "").strip()
-            if not picture.is_file() or not prompt:
-                raise UsageError(f"{path}, line {reader.line_num}: no such picture, or no prompt: {row}")
+            place = f"{path}, line {reader.line_num}"
+            picture, prompt = _named(folder, row, place)
             if picture in prompts:
-                raise UsageError(f"{path}, line {reader.line_num}: {row['file']} is there twice")
+                raise UsageError(f"{place}: {row['file']} is there twice; name it once")
             prompts[picture] = prompt
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: {error}; write plain CSV") from error
     if not prompts:
-        raise UsageError(f"{path} names no pictures")
+        raise UsageError(f"{path} names no pictures; give it a line a picture")
     return prompts
+
+
+def _named(folder: Path, row: Mapping[str, str | None], place: str) -> tuple[Path, str]:
+    """A line's picture and prompt."""
+    file, prompt = row["file"] or "", (row["prompt"] or "").strip()
+    picture = folder / file
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise UsageError(f"{place}: {file} is outside of {folder}; put the picture into it")
+    if not file or not picture.is_file():
+        raise UsageError(f"{place}: there is no picture {file!r} in {folder}; add it, or take the line out")
+    if not prompt:
+        raise UsageError(f"{place}: {file} has no prompt; write it, in quotes if it has a comma")
+    return picture, prompt
 
 
 def measure_picture(pipeline: Pipeline, options: EvaluateOptions, path: Path, name: str) -> Record:
@@ -80,9 +123,10 @@ def measure_picture(pipeline: Pipeline, options: EvaluateOptions, path: Path, na
     px = pipeline.manifest.shape.image_px
     given = np.round(preprocess(path, px).image.transpose(1, 2, 0) * 255.0).astype(np.uint8)
     views = pipeline.views(path, steps=options.steps, guidance=options.guidance, seed=options.seed)
-    kept = {"pictures": given, "views": np.concatenate(list(views.color), axis=1)}
+    strip = np.round(np.clip(np.concatenate(list(views.color), axis=1), 0.0, 1.0) * 255.0)
+    kept = {"pictures": given, "views": strip.astype(np.uint8)}
     record: Record = {"rows": {"model": {}}, "stage_seconds": dict(views.timings)}
-    row = view_row(views.color, views.normal)
+    blocks = [view_row(views.color, views.normal)]
     if options.fits:
         try:
             made = pipeline.reconstruct(
@@ -90,34 +134,32 @@ def measure_picture(pipeline: Pipeline, options: EvaluateOptions, path: Path, na
             )
         except FitError as error:
             record["no_mesh"] = str(error)
+            blocks.append(np.full_like(blocks[0], 255))  # all lines of a sheet are as wide
         else:
             record["stage_seconds"] = dict(made.timings)
             with Scene(as_object(made.mesh)) as scene:
-                seen = scene.render([View(camera) for camera in TARGET_CAMERAS], px)
+                seen = scene.render([View(camera, light=UNLIT) for camera in TARGET_CAMERAS], px)
             kept["mesh"] = np.concatenate(list(seen.color), axis=1)
-            row = np.concatenate([row, _two_rows(seen.color, seen.normal)], axis=1)
+            lines = [np.concatenate(list(images), axis=1) for images in (seen.color, seen.normal)]
+            blocks.append(np.concatenate(lines))
     for kind, pixels in kept.items():
-        image = pixels if pixels.dtype == np.uint8 else np.round(pixels * 255.0).astype(np.uint8)
-        write_picture(options.out / _kept(name, kind), Image.fromarray(image))
-    blocks = np.split(row, row.shape[1] // (6 * px), axis=1)
+        write_picture(options.out / _kept(name, kind), Image.fromarray(pixels))
     contact_sheet(options.out / "objects" / f"{name}.png", [given], [blocks], VIEW_PX)
     record["kept"] = list(kept)
-    record["pictures"] = [[title, f"objects/{name}.png"] for title in ["input, six views, mesh"]]
+    title = "input, six views, mesh" if "mesh" in kept else "input, six views"
+    record["pictures"] = [[title, f"objects/{name}.png"]]
     return record
 
 
-def _two_rows(color: ByteArray, normal: ByteArray) -> ByteArray:
-    return np.concatenate([np.concatenate(list(images), axis=1) for images in (color, normal)])
-
-
 def _kept(name: str, kind: str) -> Path:
-    return Path("gallery") / f"{name}_{kind}.png"
+    """A strip of square images, without loss: they are scored once all of them are there."""
+    return Path("scored") / name / f"{kind}.png"
 
 
 def scored(
-    records: Mapping[str, Record], prompts: Mapping[str, str], out: Path, weights: Weights, device: str
+    records: Mapping[str, Record], prompts: Mapping[str, str], out: Path, scores: Scores
 ) -> tuple[dict[str, Record], dict[str, dict[str, float]], dict[str, str]]:
-    """Records with their CLIP scores; FID and CLIP score by row; and the metrics that say nothing, with why.
+    """Records with their CLIP scores; FID and CLIP score by row; what of them says nothing, with why.
 
     Args:
         records: by name, of what was measured.
@@ -130,33 +172,31 @@ def scored(
             with Image.open(out / _kept(name, kind)) as strip:
                 pixels = np.asarray(strip.convert("RGB"))
             images.setdefault(kind, {})[name] = np.split(pixels, pixels.shape[1] // pixels.shape[0], axis=1)
-    left_out = weights.left_out(("fid", "clip"))
+    left_out: dict[str, str] = {}
     rows: dict[str, dict[str, float]] = {kind: {} for kind in ROWS if kind in images}
     new = {name: {**record, "rows": {"model": {}}} for name, record in records.items()}
-    if weights.clip is not None and images:
-        cosines = clip_score(weights.clip, device)
+    if scores.clip is not None:
         for kind in rows:
-            rows[kind]["clip"], each = _clip_row(images[kind], prompts, cosines)
+            rows[kind]["clip"], each = _clip_row(images[kind], prompts, scores.clip)
             for name, value in each.items():
                 new[name]["rows"]["model"] |= {f"clip_{kind}": value}
                 if kind == "views":
                     new[name]["rows"]["model"]["clip"] = value
-    if weights.fid is not None and len(images.get("pictures", {})) < 2:
+    if scores.fid is not None and len(images.get("pictures", {})) < 2:
         left_out["fid"] = "it needs two pictures or more"
-    elif weights.fid is not None:
-        distance = frechet_distance(weights.fid, device)
+    elif scores.fid is not None:
         real = [picture for pictures in images["pictures"].values() for picture in pictures]
         for kind in rows:
             made = [picture for pictures in images[kind].values() for picture in pictures]
             if kind != "pictures":
-                rows[kind]["fid"] = distance(made, real)
+                rows[kind]["fid"] = scores.fid(made, real)
     return new, rows, left_out
 
 
 def _clip_row(
     images: Mapping[str, Sequence[ByteArray]],
     prompts: Mapping[str, str],
-    cosines: Callable[[Sequence[ByteArray], Sequence[str]], list[float]],
+    cosines: TextMetric,
 ) -> tuple[float, dict[str, float]]:
     """The mean over pictures, and each one's."""
     each = {name: float(np.mean(cosines(some, [prompts[name]] * len(some)))) for name, some in images.items()}

@@ -48,6 +48,12 @@ def viewpoint_summary(
     return summary
 
 
+def agreeing(summary: Record) -> dict[str, Record]:
+    """The rows of agreement that say something; none where neither views nor meshes were compared."""
+    rows: dict[str, Record] = summary["agreement"]
+    return {row: values for row, values in rows.items() if any(v is not None for v in values.values())}
+
+
 def viewpoint_markdown(summary: Record) -> str:
     """`metrics.md`: against the truth with spread, agreement, each azimuth, and what was left out."""
     count, pairs = summary["settings"]["azimuths"], summary["pairs_of_views"]
@@ -58,8 +64,10 @@ def viewpoint_markdown(summary: Record) -> str:
             rows[f"{ROWS[row]}, mean"] = values
             rows[f"{ROWS[row]}, spread"] = summary["spread"][row]
         lines += ["Against the truth, over the input azimuths (spread: standard deviation over them):", ""]
-        lines += [markdown_table(rows), "", "Agreement between inputs (as Table 6 of the paper):", ""]
-        lines += [markdown_table({ROWS[row]: values for row, values in summary["agreement"].items()}), ""]
+        lines += [markdown_table(rows), ""]
+    agreement = {ROWS[row]: values for row, values in agreeing(summary).items()}
+    if agreement:
+        lines += ["Agreement between inputs (as Table 6 of the paper):", "", markdown_table(agreement), ""]
     if pairs:
         lines.append(
             f"Views: {pairs} pairs of inputs an object, whose azimuths differ by a multiple of 60° so that "
@@ -69,9 +77,12 @@ def viewpoint_markdown(summary: Record) -> str:
         lines.append(
             f"Views do not meet: no two of {count} azimuths differ by a multiple of 60°; give an even number."
         )
+    if summary["settings"]["meshes"]:
+        lines.append(
+            "Meshes: every two inputs, turned into one frame; the true views' row compares two samplings of "
+            "the true surface."
+        )
     lines += [
-        "Meshes: every two inputs, turned into one frame; the true views' row compares two samplings of the "
-        "true surface.",
         "Agreement says nothing of the truth: read it beside the first table.",
         *left_out_lines(summary),
     ]

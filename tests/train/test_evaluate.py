@@ -22,6 +22,7 @@ from train.baselines import (
 )
 from train.objects import load_object
 from train.truth import ground_truth
+from uc3d_rt.errors import UsageError
 from uc3d_rt.mesh.build import MeshOptions
 from uc3d_rt.neus.fit import FitOptions
 from uc3d_rt.preprocess import frame_object
@@ -195,6 +196,15 @@ def test_index_finds_the_turned_object_itself_and_is_kept(tmp_path: Path, data: 
     assert near.views[0].shape == near.views[1].shape == (6, PX, PX, 3)
     train_index(cache, data / "train", files, "another encoder", compute)
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"no index", b"PK\x03\x04 damaged"])
+def test_an_index_of_something_else_is_told_and_kept(tmp_path: Path, data: Path, content: bytes) -> None:
+    cache = tmp_path / "index.npz"
+    cache.write_bytes(content)
+    with pytest.raises(UsageError, match=r"index\.npz is no index"):
+        train_index(cache, data / "train", [], "a", lambda missing: [])
+    assert cache.read_bytes() == content
 
 
 def test_image_features_have_unit_length() -> None:

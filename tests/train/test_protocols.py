@@ -1,8 +1,10 @@
 """`python -m train evaluate --protocol …`: what each measures, writes, and refuses."""
 
 import csv
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,8 +16,15 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from train.__main__ import cli
+from train.evaluate import _workers
+from train.evaluator import gallery_pictures
+from train.protocols import EvaluateOptions
+from train.viewpoint_report import viewpoint_markdown, viewpoint_summary
+from uc3d_rt.errors import FitError, UsageError
 from uc3d_rt.mesh.build import MeshOptions
 from uc3d_rt.neus.fit import FitOptions
+from uc3d_rt.pipeline import Pipeline, Views
+from uc3d_rt.pipeline import Result as PipelineResult
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +178,8 @@ def test_pictures_of_prompts(tmp_path: Path, tiny_bundle: Path, monkeypatch: pyt
     rows = summary_of(out)["rows"]
     assert set(rows) == {"views", "mesh", "pictures"} and "fid" not in rows["pictures"]
     with (
-        Image.open(out / "gallery" / "blue_views.png") as a,
-        Image.open(out / "gallery" / "red_views.png") as b,
+        Image.open(out / "scored" / "blue" / "views.png") as a,
+        Image.open(out / "scored" / "red" / "views.png") as b,
     ):
         bright = [np.asarray(image.convert("RGB")).mean() / 255 for image in (a, b)]
     assert rows["views"]["clip"] == pytest.approx(np.mean(bright), rel=1e-6)
@@ -187,17 +196,23 @@ def test_pictures_of_prompts(tmp_path: Path, tiny_bundle: Path, monkeypatch: pyt
     [
         (None, "prompts.csv is missing"),
         ("file,words\nblue.png,x\n", "it needs file and prompt"),
-        ("file,prompt\nred.png,a thing\n", "no such picture"),
-        ("file,prompt\nblue.png,\n", "no prompt"),
+        ("file,prompt\nred.png,a thing\n", "there is no picture 'red.png'"),
+        ("file,prompt\nblue.png,\n", "blue.png has no prompt"),
+        ("file,prompt\n/blue.png,a thing\n", "is outside of"),
+        ("file,prompt\n../pictures/blue.png,a thing\n", "is outside of"),
+        ('file,prompt\nblue.png,"a thing\n', "unexpected end of data"),
+        (b"file,prompt\nblue.png,caf\xe9\n", "write it as UTF-8"),
         ("file,prompt\nblue.png,a\nblue.png,b\n", "there twice"),
         ("file,prompt\n", "names no pictures"),
     ],
 )
-def test_prompts_that_do_not_fit(tmp_path: Path, tiny_bundle: Path, prompts: str | None, told: str) -> None:
+def test_prompts_that_do_not_fit(
+    tmp_path: Path, tiny_bundle: Path, prompts: str | bytes | None, told: str
+) -> None:
     pictures = made_pictures(tmp_path / "pictures", ["blue.png"])
     (pictures / "prompts.csv").unlink()
     if prompts is not None:
-        (pictures / "prompts.csv").write_text(prompts, encoding="utf-8")
+        (pictures / "prompts.csv").write_bytes(prompts if isinstance(prompts, bytes) else prompts.encode())
     result = run(
         "--bundle", tiny_bundle, "--pictures", pictures, "--out", tmp_path / "o", "--protocol", "text"
     )
@@ -213,6 +228,9 @@ def test_prompts_that_do_not_fit(tmp_path: Path, tiny_bundle: Path, prompts: str
         (["--clip", "."], "for --protocol text"),
         (["--protocol", "normals", "--lpips-weights", __file__], "has no LPIPS"),
         (["--protocol", "views", "--lpips-weights", __file__], "test_protocols.py"),
+        (["--protocol", "views", "--workers", "2", "--lpips-weights", __file__], "test_protocols.py"),
+        (["--protocol", "viewpoint", "--index", "index.npz"], "leave out --train-objects and --index"),
+        (["--train-objects", str(Path(__file__).parent)], "holds no object"),
         (["--device", "gpu"], "unknown device"),
     ],
 )
@@ -221,4 +239,120 @@ def test_options_that_do_not_fit(
 ) -> None:
     result = run("--bundle", tiny_bundle, "--objects", objects, "--out", tmp_path / "o", *more)
     assert result.exit_code in (1, 2) and told in result.output
-    assert "Traceback" not in result.output and not (tmp_path / "o" / "objects").exists()
+    assert "Traceback" not in result.output and not (tmp_path / "o").exists()
+
+
+def test_what_was_left_out_is_tried_again(tmp_path: Path, tiny_bundle: Path, objects: Path) -> None:
+    folder, out = tmp_path / "objects", tmp_path / "out"
+    folder.mkdir()
+    (folder / "low.glb").write_bytes(b"glTF")
+    given = ("--bundle", tiny_bundle, "--objects", folder, "--out", out, "--protocol", "views")
+    result = run(*given)
+    assert result.exit_code == 1 and "none of 1 objects could be measured" in result.output
+    assert "Left out: object low" in (out / "metrics.md").read_text("utf-8")
+    (folder / "low.glb").write_bytes((objects / "low.glb").read_bytes())
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    assert summary_of(out)["objects"] == 1 and not summary_of(out)["left_out_objects"]
+
+
+def test_an_out_of_something_else_is_refused(tmp_path: Path, tiny_bundle: Path, objects: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for text in ("[1]", "no JSON"):
+        (out / "settings.json").write_text(text, encoding="utf-8")
+        result = run("--bundle", tiny_bundle, "--objects", objects, "--out", out, "--protocol", "views")
+        assert result.exit_code == 1 and "give another --out" in result.output
+    assert [path.name for path in out.iterdir()] == ["settings.json"]
+
+
+def test_pictures_of_two_objects_never_meet(tmp_path: Path) -> None:
+    picture = np.zeros((4, 4, 3), np.uint8)
+    first = gallery_pictures(tmp_path, "a", {"true mesh": picture}, px=2)
+    second = gallery_pictures(tmp_path, "a_true", {"mesh": picture}, px=2)
+    assert first[0][1] != second[0][1]
+    assert (tmp_path / first[0][1]).is_file() and (tmp_path / second[0][1]).is_file()
+
+
+def test_lpips_stands_beside_the_others(
+    tmp_path: Path, tiny_bundle: Path, objects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def distance(path: Path, device: str = "cpu") -> Callable[[np.ndarray, np.ndarray], float]:
+        return lambda images, truth: float(np.abs(images - truth).mean())
+
+    for module in ("train.evaluate", "train.evaluator"):
+        monkeypatch.setattr(f"{module}.lpips_metric", distance)
+    weights, out = tmp_path / "alexnet.pth", tmp_path / "out"
+    weights.write_bytes(b"weights")
+    given = ("--bundle", tiny_bundle, "--objects", objects, "--out", out, "--protocol", "views", "--limit", 1)
+    assert run(*given, "--lpips-weights", weights).exit_code == 0
+    summary = summary_of(out)
+    assert summary["settings"]["lpips_sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert 0.0 < summary["rows"]["input"]["lpips"] < 1.0 and not summary["left_out_metrics"]
+    assert "LPIPS ↓" in (out / "metrics.md").read_text("utf-8")
+    # Figures with other weights, or with none, do not stand in one table.
+    assert "lpips_sha256" in run(*given).output
+
+
+def test_a_picture_without_a_mesh_keeps_its_views(
+    tmp_path: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = Pipeline.reconstruct, list[Views]()
+
+    def reconstruct(self: Pipeline, views: Views, **options: object) -> PipelineResult:
+        seen.append(views)
+        if len(seen) == 1:
+            raise FitError("no surface")
+        return whole(self, views, **options)
+
+    monkeypatch.setattr(Pipeline, "reconstruct", reconstruct)
+    pictures, out = made_pictures(tmp_path / "pictures", ["blue.png", "red.png"]), tmp_path / "out"
+    result = run("--bundle", tiny_bundle, "--pictures", pictures, "--out", out, "--protocol", "text")
+    assert result.exit_code == 0, result.output
+    assert summary_of(out)["no_mesh"] == {"blue": "no surface"}
+    assert "No mesh: blue (no surface)" in (out / "metrics.md").read_text("utf-8")
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.size == (80 * (2 + 2 * 6), 2 * 2 * 80)
+
+
+def test_the_mesh_of_a_picture_is_scored_unlit(tmp_path: Path, tiny_bundle: Path) -> None:
+    """Its colours come from the views, whose light is in them: no second light darkens them."""
+    pictures, out = made_pictures(tmp_path / "pictures", ["blue.png"]), tmp_path / "out"
+    result = run("--bundle", tiny_bundle, "--pictures", pictures, "--out", out, "--protocol", "text")
+    assert result.exit_code == 0, result.output
+    strips = []
+    for kind in ("views", "mesh"):
+        with Image.open(out / "scored" / "blue" / f"{kind}.png") as strip:
+            strips.append(np.asarray(strip).astype(float))
+    both = (strips[0].min(axis=-1) < 250) & (strips[1].min(axis=-1) < 250)
+    assert both.mean() > 0.1
+    assert strips[1][both].mean() == pytest.approx(strips[0][both].mean(), rel=0.03)
+
+
+def test_inputs_whose_views_never_meet() -> None:
+    row = {"psnr": 20.0}
+    record = {
+        "name": "cup", "seconds": 1.0,
+        "pairs_of_views": 0, "agreement": {"model": {}, "input": {}, "truth": {}},
+        "rows": {"model": row, "input": row}, "spread": {"model": {"psnr": 1.0}, "input": {"psnr": 2.0}},
+        "by_azimuth": [{"azimuth_deg": 72.0 * k, "psnr": 18.0 + k} for k in range(5)],
+        "stand_ins": {"azimuths": {"144": "no surface", "72": "no surface"}},
+    }  # fmt: skip
+    settings = {
+        "bundle": "b", "profile": "p", "steps": 50, "guidance": 3.0, "seed": 0, "image_px": 256,
+        "azimuths": 5, "meshes": False,
+    }  # fmt: skip
+    summary = viewpoint_summary({"cup": record, "leaf": {"left_out": "thin"}}, settings, {}, {})
+    text = viewpoint_markdown(summary)
+    assert "no two of 5 azimuths" in text and "Agreement between inputs" not in text
+    assert "| 216° | 21.00 |" in text and "object leaf (thin)" in text
+    assert "from 72°, 144°" in text and "| model, spread | 1.00 |" in text
+
+
+def test_a_worker_that_dies_is_told(tmp_path: Path, tiny_bundle: Path, objects: Path) -> None:
+    options = EvaluateOptions(tiny_bundle, objects, tmp_path, workers=2)
+    with (
+        pytest.raises(UsageError, match="--workers below 2"),
+        _workers(options, None) as run_all,
+    ):
+        list(run_all(os._exit, [1]))
