@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from export.__main__ import cli
 from export.bundle_checkpoint import checkpoint_from_bundle
-from export.onnx_bundle import export_bundle, network_file
+from export.onnx_bundle import network_file
+from export.weights import MIN_ENTRIES
 from train.checkpoint import CheckpointError, load_vae, load_weights, preset_of
 from train.model import MultiviewModel
 from train.presets import TOY
@@ -22,18 +23,7 @@ from uc3d_rt.contract import load_manifest, save_manifest
 FILES = ("ema.safetensors", "vae.safetensors")
 
 
-def test_weights_stored_in_fp32_come_back_to_the_bit(checkpoint: Path, tmp_path: Path) -> None:
-    export_bundle(checkpoint, tmp_path / "toy", int8_weights=False)
-    checkpoint_from_bundle(tmp_path / "toy", tmp_path / "back")
-    for file in FILES:
-        before, after = load_file(checkpoint / file), load_file(tmp_path / "back" / file)
-        assert set(before) == set(after)
-        for name, value in before.items():
-            # Matrices that the exporter scaled while it folded would differ here.
-            assert torch.equal(value, after[name]), name
-
-
-def test_weights_stored_in_int8_come_back_rounded(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+def test_weights_come_back(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         cli, ["checkpoint", "--bundle", str(bundle), "--out", str(tmp_path / "runs" / "start")]
     )
@@ -42,12 +32,18 @@ def test_weights_stored_in_int8_come_back_rounded(checkpoint: Path, bundle: Path
     assert preset_of(back) == TOY
     for file in FILES:
         before, after = load_file(checkpoint / file), load_file(back / file)
-        rounded = 0
+        assert set(before) == set(after)
+        exact = [name for name, value in before.items() if torch.equal(value, after[name])]
         for name, value in before.items():
-            error = float((value - after[name]).norm() / value.norm().clamp(min=1e-12))
-            assert error < 0.02, name  # 127 levels either way
-            rounded += error > 0
-        assert rounded > 0
+            assert (
+                value.numel() < MIN_ENTRIES
+                and name in exact
+                or (
+                    (value - after[name]).norm()
+                    < 0.02 * value.norm()  # int8 in the bundle: 127 levels either way
+                )
+            ), name
+        assert len(before) > len(exact) > 0.5 * len(before)
     model = MultiviewModel(TOY)
     load_weights(model, back / "ema.safetensors", "")  # what `--start-from` reads
     load_vae(back, TOY)
@@ -61,8 +57,7 @@ def test_a_folder_that_exists_is_left_alone(bundle: Path, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("change", ["renamed", "exchanged"])
-def test_graphs_of_other_code_are_refused(bundle: Path, tmp_path: Path, change: str) -> None:
+def test_graphs_of_other_code_are_refused(bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "toy"))
     path = copy / "projection_heads.onnx"
     model = onnx.load(path)
@@ -70,10 +65,8 @@ def test_graphs_of_other_code_are_refused(bundle: Path, tmp_path: Path, change: 
         next(node for node in model.graph.node if node.op_type == "Conv" and head in node.input[1])
         for head in ("color", "normal")
     )
-    if change == "renamed":
-        color.name = "another"
-    else:  # the graph computes what it did, but for the names by which weights are found
-        color.name, normal.name = normal.name, color.name
+    # The graph computes what it did, but the names by which weights are found are exchanged.
+    color.name, normal.name = normal.name, color.name
     onnx.save(model, path)
     manifest = load_manifest(copy)
     networks = {**manifest.networks, "projection_heads": network_file(path)}

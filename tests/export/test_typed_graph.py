@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.example_inputs import example_inputs
-from export.typed_graph import FP32_OPS, relative_error, typed_graph, with_rounding
+from export.typed_graph import FP32_OPS, in_order, relative_error, typed_graph, with_rounding
 from train.presets import TOY
 from uc3d_rt.contract import NETWORK_NAMES, network_specs
 
@@ -122,3 +122,20 @@ def test_a_graph_of_an_older_opset(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "old.onnx")
     with pytest.raises(ValueError, match="is of opset 17; export the bundle again"):
         typed_graph(tmp_path / "old.onnx", {})
+
+
+def test_nodes_stand_behind_what_they_read_and_else_as_they_were() -> None:
+    def node(name: str, inputs: str) -> onnx.NodeProto:
+        return helper.make_node("Add", inputs.split(), [name], name=name)
+
+    given = [
+        node("e", "d b"),
+        node("a", "x x"),
+        node("d", "c a"),
+        node("b", "a x"),
+        node("c", "x"),
+        node("f", "x"),
+    ]
+    assert [one.name for one in in_order(given)] == ["c", "a", "d", "b", "e", "f"]
+    ordered = [given[i] for i in (1, 4, 3, 5)]
+    assert [one.name for one in in_order(ordered)] == ["a", "c", "b", "f"]

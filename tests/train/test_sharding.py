@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.train import killed_run
 from train import trainer
+from train.presets import with_train
 from train.trainer import RunOptions, train_model
 from train.vae import Vae
 
@@ -32,10 +33,11 @@ def train(rank: int, port: int, out: Path) -> None:
     vae = Vae(killed_run.PRESET.vae).eval().requires_grad_(False)
 
     trainer.loss_curves = lambda *_: None
+    preset = with_train(killed_run.PRESET, steps=2)
 
     def run(name: str, **changes: object) -> None:
         options = RunOptions(out=out / name, sheet_every=99, **changes)  # type: ignore[arg-type]
-        train_model(killed_run.PRESET, killed_run.random_cache(), vae, None, options)
+        train_model(preset, killed_run.random_cache(), vae, None, options)
 
     run("copies")
     run("sharded", shard=True)
