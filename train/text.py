@@ -38,6 +38,7 @@ from uc3d_rt.views import TARGET_CAMERAS
 ByteArray = NDArray[np.uint8]
 
 PROMPTS = "prompts.csv"
+OVERFLOW = ""  # where the reader puts what a line has beyond its columns: no column has this name
 VIEW_PX = 80
 
 UNLIT = Light(direction=(0.0, 1.0, 0.0), ambient=1.0, key=0.0, wrap=1.0)
@@ -88,7 +89,7 @@ def read_prompts(folder: Path) -> dict[Path, str]:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read ({error}); write it as UTF-8") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=OVERFLOW, strict=True)
     try:
         if not {"file", "prompt"} <= set(reader.fieldnames or ()):
             raise UsageError(f"{path} has the columns {reader.fieldnames}; it needs file and prompt")
@@ -113,8 +114,8 @@ def _named(folder: Path, row: Mapping[str, str | None], place: str) -> tuple[Pat
         raise UsageError(f"{place}: {file} is outside of {folder}; put the picture into it")
     if not file or not picture.is_file():
         raise UsageError(f"{place}: there is no picture {file!r} in {folder}; add it, or take the line out")
-    if not prompt:
-        raise UsageError(f"{place}: {file} has no prompt; write it, in quotes if it has a comma")
+    if not prompt or OVERFLOW in row:
+        raise UsageError(f"{place}: {file} needs one prompt; write it, in quotes if it has a comma")
     return picture, prompt
 
 
