@@ -30,7 +30,7 @@ class MeshOptions:
     faces: int = 12_000  # decimation target; 0 = keep every triangle of marching cubes
     texture_px: int = 1024
     crease_deg: float = 25.0  # faces that meet at a larger angle keep their own normals (atlas only)
-    min_share: float = 0.05  # parts smaller than this share of the largest part's volume are dropped
+    min_share: float = 0.02  # parts smaller than this share of the largest part's volume are dropped
 
     def __post_init__(self) -> None:
         """Check every value.
