@@ -10,6 +10,7 @@ left out; an instrumented build of the kernels gives the same numbers (`tests/be
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -283,7 +284,7 @@ def ray_work(counts: RayCounts, seen: BoolArray, blended: BoolArray, pixels: int
     )
 
 
-class Observed:
+class Observed(ABC):
     """A `Device` that tells a subclass of every launch, with its stage and group."""
 
     def __init__(self, device: Device) -> None:
@@ -309,13 +310,13 @@ class Observed:
         if kernel == "fit_rays" and before:
             self.iterations[self.stage] = self.iterations.get(self.stage, 0) + 1
 
+    @abstractmethod
     def clear(self, buffer: Buffer) -> None:
         """See `Device`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def repeat(self, launches: Sequence[Launch], times: int) -> None:
         """See `Device`."""
-        raise NotImplementedError
 
 
 class Counted(Observed):

@@ -29,7 +29,8 @@ import click
 import numpy as np
 
 from export.data_file import graph_bytes, load_graph
-from export.engines import BuildOptions, build, plan_build
+from export.engine_plan import BuildOptions, plan_build
+from export.engines import build
 from export.example_inputs import example_inputs
 from export.plain_graph import plain_graph
 from uc3d_rt.backends.base import Backend

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from export.engines import Built, Job, Plan
+    from export.engine_plan import Job, Plan
+    from export.engines import Built
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -176,7 +177,8 @@ def build_engines(
     --no-check.
     """
     with plain_errors():
-        from export.engines import BuildOptions, build, plan_build
+        from export.engine_plan import BuildOptions, plan_build
+        from export.engines import build
 
         names = tuple(name.strip() for name in targets.split(",") if name.strip())
         options = BuildOptions(

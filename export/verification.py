@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from export.engines import engine_batches
+from export.engine_plan import engine_batches
 from export.example_inputs import example_inputs
 from export.quantized_graph import (
     LEAST_SAMPLE_DB,

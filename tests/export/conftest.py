@@ -36,3 +36,13 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sampling = SamplingDefaults(steps=9, guidance=2.0, guidance_interval=(0.1, 0.9), guidance_rescale=0.5)
     export_bundle(checkpoint, folder, sampling=sampling, training={"data": "none"})
     return folder
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A folder with the bundle's files, to which others may be added."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    for path in bundle.iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder

@@ -18,9 +18,11 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 
+from export import engine_plan
 from export import engines as engines_module
 from export.__main__ import cli
-from export.engines import BuildOptions, build, chosen_backend, first_error, plan_build
+from export.engine_plan import BuildOptions, Job, chosen_backend, plan_build
+from export.engines import build, first_error
 from export.tensorrt_builder import build_engine, check_targets, known_targets
 from export.typed_graph import typed_graph
 from uc3d_rt.contract import NETWORK_NAMES, NetworkFile, load_manifest, save_manifest, sha256_of
@@ -354,7 +356,7 @@ def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(copy: Path) -> 
 def test_a_worker_that_dies_is_told_of(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_build(BuildOptions(copy, "tensorrt-rtx", ("sm_89",), jobs=1))
 
-    def kill(event: str, job: engines_module.Job, _: object) -> None:
+    def kill(event: str, job: Job, _: object) -> None:
         for process, _job in workers[0].running.values():
             process.kill()
 
@@ -389,12 +391,12 @@ def test_targets() -> None:
     ],
 )
 def test_auto(versions: dict[str, str], gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines_module, "installed_version", versions.get)
+    monkeypatch.setattr(engine_plan, "installed_version", versions.get)
     machine = Machine("A GPU", "sm_90", "580.1") if gpu else None
-    monkeypatch.setattr(engines_module, "this_machine", lambda: machine)
+    monkeypatch.setattr(engine_plan, "this_machine", lambda: machine)
     backend, reason = chosen_backend("auto")
     assert backend == expected and reason
-    monkeypatch.setattr(engines_module, "installed_version", {}.get)
+    monkeypatch.setattr(engine_plan, "installed_version", {}.get)
     with pytest.raises(BackendError, match="no library that builds engines is installed; pip install"):
         chosen_backend("auto")
 

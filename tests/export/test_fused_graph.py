@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 
 from export import fused_block
-from export.engines import BuildOptions, build, engine_batches, plan_build
+from export.engine_plan import BuildOptions, engine_batches, plan_build
+from export.engines import build
 from export.example_inputs import example_inputs
 from export.fused_graph import Fuser, fused_graph
 from export.graph_writer import MICROSOFT

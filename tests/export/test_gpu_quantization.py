@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export import gpu_quantization
 from export.__main__ import cli
-from export.engines import BuildOptions, build, plan_build
+from export.engine_plan import BuildOptions, plan_build
+from export.engines import build
 from export.quantized_graph import (
     RANGES_NAME,
     Accuracy,
@@ -37,15 +38,6 @@ def run(*arguments: object) -> Result:
     result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
-
-
-@pytest.fixture
-def copy(bundle: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "toy"
-    folder.mkdir()
-    for path in bundle.iterdir():
-        (folder / path.name).symlink_to(path)
-    return folder
 
 
 @pytest.fixture

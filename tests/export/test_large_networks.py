@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 from export import data_file, fused_block, onnx_bundle
 from export.__main__ import cli
 from export.data_file import Constants, DataFile, array_of, data_path, graph_bytes, is_apart, load_graph
-from export.engines import BuildOptions, build, engine_batches, plan_build
+from export.engine_plan import BuildOptions, engine_batches, plan_build
+from export.engines import build
 from export.example_inputs import example_inputs
 from export.onnx_bundle import export_network, network_file, parity_error
 from export.onnxruntime_builder import build_part

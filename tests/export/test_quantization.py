@@ -27,15 +27,6 @@ def run(*arguments: object) -> Result:
     return result
 
 
-@pytest.fixture
-def copy(bundle: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "toy"
-    folder.mkdir()
-    for path in bundle.iterdir():
-        (folder / path.name).symlink_to(path)
-    return folder
-
-
 def times(fp32_ms: float, int8_ms: float) -> object:
     measured = quantization._compared_calls
 

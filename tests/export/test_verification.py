@@ -12,7 +12,8 @@ from onnx import numpy_helper
 
 from export import verification
 from export.__main__ import cli
-from export.engines import BuildOptions, build, plan_build
+from export.engine_plan import BuildOptions, plan_build
+from export.engines import build
 from export.verification import Check, shaded_ball, table, verify, views_psnr
 from uc3d_rt.contract import NETWORK_NAMES
 from uc3d_rt.pipeline import Views
