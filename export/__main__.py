@@ -57,6 +57,9 @@ def cli() -> None:
     help="OUT/checkpoint of `python -m train model`.",
 )  # fmt: skip
 @click.option(
+    "--profile", help="Refuse a checkpoint of another profile (edge, sdxl); default: take whichever it is of."
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle; replaced when whole."
 )
 @click.option(
@@ -74,7 +77,7 @@ def cli() -> None:
 )  # fmt: skip
 @click.option("--data", default="", help="Training data and licences, recorded in the manifest.")
 def onnx(
-    checkpoint: Path, out: Path, weights: str, steps: int | None, guidance: float | None,
+    checkpoint: Path, profile: str | None, out: Path, weights: str, steps: int | None, guidance: float | None,
     guidance_interval: tuple[float, float] | None, guidance_rescale: float | None, noise_scale: float | None,
     first_step_to: float | None, data: str,
 ) -> None:  # fmt: skip
@@ -89,9 +92,13 @@ def onnx(
         "guidance_rescale": guidance_rescale, "noise_scale": noise_scale, "first_step_to": first_step_to,
     }  # fmt: skip
     try:
-        sampling = replace(
-            preset_of(checkpoint).sampling, **{k: v for k, v in chosen.items() if v is not None}
-        )
+        preset = preset_of(checkpoint)
+        if profile not in (None, preset.name):
+            raise ValueError(
+                f"{checkpoint} is of profile {preset.name!r}, not {profile!r}; "
+                "leave --profile out, or give another --checkpoint"
+            )
+        sampling = replace(preset.sampling, **{k: v for k, v in chosen.items() if v is not None})
         manifest = export_bundle(
             checkpoint,
             out,

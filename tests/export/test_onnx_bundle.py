@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from export import onnx_bundle
 from export.__main__ import cli
@@ -169,3 +169,16 @@ def test_command_line(checkpoint: Path, ready_made: None, tmp_path: Path) -> Non
     (tmp_path / "cut" / "ema.safetensors").unlink()
     code, output = run("--checkpoint", tmp_path / "cut", "--out", tmp_path / "new")
     assert code == 1 and "ema.safetensors is missing" in output
+
+
+def test_a_checkpoint_of_another_profile_is_refused(
+    checkpoint: Path, tmp_path: Path, ready_made: None
+) -> None:
+    def run(profile: str) -> Result:
+        command = ["onnx", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
+        return CliRunner().invoke(cli, [*command, "--profile", profile])
+
+    refused = run("sdxl")
+    assert refused.exit_code == 1 and "is of profile 'toy', not 'sdxl'" in refused.output
+    assert not (tmp_path / "out").exists()
+    assert run("toy").exit_code == 0 and load_manifest(tmp_path / "out").profile == "toy"
