@@ -25,6 +25,7 @@ from train.cache import Cache
 from train.checkpoint import CheckpointError, differences, finish_interrupted_save, load_state
 from train.consistency import reference_heads
 from train.presets import Preset, with_train
+from train.report import write_json, write_text
 from train.trainer import RunOptions, train_model
 from train.watch import Watch
 from uc3d_rt.contract import SamplingDefaults
@@ -140,8 +141,8 @@ def ablate(
                 "true_views": truth,
                 "variants": [summary(v, by_seed) for v, by_seed in found.items() if by_seed],
             }
-            _write(options.out / "ablation.json", json.dumps(report, indent=2) + "\n")
-            _write(options.out / "ablation.md", markdown(head, rows, found, truth))
+            write_json(options.out / "ablation.json", report)
+            write_text(options.out / "ablation.md", markdown(head, rows, found, truth))
             drawn = {v.title: options.out / v.folder / f"seed-{min(s)}" for v, s in found.items() if s}
             sheet(options.out / "ablation.png", watch, true_rows, drawn)
     state.wait_for_everyone()
@@ -195,11 +196,4 @@ def _same_settings(path: Path, settings: dict[str, Any], write: bool) -> None:
                 f"{path.parent} holds runs of other settings ({'; '.join(changed)}); choose another --out"
             )
     elif write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(settings, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+        write_json(path, settings)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from uc3d_rt.contract import sha256_of
 from uc3d_rt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,17 +62,16 @@ class Weights:
     def digests(self, wanted: Sequence[str]) -> dict[str, str | None]:
         """SHA-256 of the weights of each metric of `wanted`; None where there are none."""
         paths: dict[str, Path | None] = {name: getattr(self, name) for name in wanted}
-        return {name: None if path is None else sha256_of(path) for name, path in paths.items()}
+        return {name: None if path is None else digest_of_weights(path) for name, path in paths.items()}
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file of weights; of a folder, that of the digests of its safetensors files, by name."""
+def digest_of_weights(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of the digests of its safetensors files, by name."""
     if path.is_dir():
-        digests = "".join(sha256_of(file) for file in sorted(path.glob("*.safetensors")))
+        digests = "".join(digest_of_weights(file) for file in sorted(path.glob("*.safetensors")))
         return hashlib.sha256(digests.encode()).hexdigest()
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error}); give a file of weights") from error
 

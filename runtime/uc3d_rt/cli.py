@@ -67,7 +67,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 @click.option("--fit-device", help="Where the fit runs: cpu, cuda or cuda:N; as --device if left out.")
 @click.option(
     "--mesh-device", default="cpu", show_default=True,
-    help="Where the surface is extracted and textured: cpu, or the device of the fit, whose kernels are new.",
+    help="Where the surface is extracted and textured: cpu, or the fit's device (not tried on a GPU yet).",
 )  # fmt: skip
 @click.option(
     "--low-memory", is_flag=True,

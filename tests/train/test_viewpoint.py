@@ -7,7 +7,8 @@ import pytest
 import trimesh
 
 from tests.train.shapes import thing
-from train.baselines import ViewPair, placed
+from train.baselines import placed
+from train.evaluator import true_pair
 from train.metrics import view_metrics
 from train.objects import Object
 from train.truth import EvalSample
@@ -20,7 +21,6 @@ from train.viewpoint import (
     samples_around,
     view_agreement,
 )
-from uc3d_rt.views import decode_normals
 
 PX = 96
 
@@ -35,11 +35,6 @@ def handed() -> Object:
     ]
     colors = np.repeat(np.array([[230, 50, 25], [25, 100, 230], [50, 200, 75]], np.uint8), 8, axis=0)
     return replace(thing(trimesh.util.concatenate(parts), colors=colors), name="post")
-
-
-def pair(sample: EvalSample) -> ViewPair:
-    normal, _ = decode_normals(sample.normal / 255.0)
-    return sample.color / np.float32(255.0), normal
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +52,7 @@ def test_which_inputs_share_target_cameras() -> None:
 
 def test_true_views_of_all_inputs_agree(around: list[EvalSample]) -> None:
     """As rendered; what is left is sampling where the frames' scales differ."""
-    views, placements = [pair(s) for s in around], [s.object_to_world for s in around]
+    views, placements = [true_pair(s) for s in around], [s.object_to_world for s in around]
     assert np.ptp([np.cbrt(np.linalg.det(p[:, :3])) for p in placements]) > 1e-3  # so views are resampled
     found = view_agreement(views, placements, lambda a, b: view_metrics(*a, *b))
     assert found["psnr"] > 27 and found["silhouette_iou"] > 0.95 and found["normal_deg"] < 4
@@ -66,7 +61,7 @@ def test_true_views_of_all_inputs_agree(around: list[EvalSample]) -> None:
 @pytest.mark.parametrize("wrong", ["order", "normals"])
 def test_views_in_a_wrong_frame_do_not(around: list[EvalSample], wrong: str) -> None:
     opposite = around[0], around[3]
-    views, placements = [pair(s) for s in opposite], [s.object_to_world for s in opposite]
+    views, placements = [true_pair(s) for s in opposite], [s.object_to_world for s in opposite]
     color, normal = views[0]
     if wrong == "order":  # the targets turned on by a step
         views[0] = np.roll(color, 1, axis=0), np.roll(normal, 1, axis=0)
