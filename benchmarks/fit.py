@@ -30,6 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,12 +41,14 @@ from numpy.typing import NDArray
 from benchmarks.ground_truth import GroundTruth, chosen, load_truths, rendered_truth, save_truths
 from train.mesh_metrics import chamfer_to_points
 from train.metrics import normal_error_deg, silhouette_iou
-from uc3d_rt.device import Device
+from uc3d_rt.cuda_device import CudaDevice
+from uc3d_rt.device import Scope
 from uc3d_rt.mesh.build import MeshOptions, build_mesh
 from uc3d_rt.mesh.extract import extract_surface
 from uc3d_rt.mesh.raster import render_normals
 from uc3d_rt.mesh.writers import export_mesh
-from uc3d_rt.neus.field import Field
+from uc3d_rt.neus.device_fit import fit_on_device
+from uc3d_rt.neus.field import DeviceField, Field
 from uc3d_rt.neus.fit import FitOptions, fit
 from uc3d_rt.neus.hull import hull_sdf
 
@@ -85,15 +88,23 @@ class Row:
     closed: bool
 
 
-def our_builder(by: str, options: FitOptions, mesh_options: MeshOptions, device: Device | None) -> Builder:
+def our_builder(
+    by: str, options: FitOptions, mesh_options: MeshOptions, device: CudaDevice | None
+) -> Builder:
     """The runtime's fit and mesh on a device; None = the CPU."""
 
     def build(color: FloatArray, normal: FloatArray) -> list[Built]:
-        started = time.perf_counter()
-        field = fit(color, normal, options, device=device)
-        fitted = time.perf_counter()
-        mesh = build_mesh(field, color, normal, mesh_options, device=device)
-        built = time.perf_counter()
+        with ExitStack() as opened:
+            started = time.perf_counter()
+            if device is None:
+                field: Field | DeviceField = fit(color, normal, options)
+                scope = None
+            else:
+                scope = opened.enter_context(Scope(device))
+                field = fit_on_device(scope, color, normal, options)
+            fitted = time.perf_counter()
+            mesh = build_mesh(field, color, normal, mesh_options, device=scope)
+            built = time.perf_counter()
         iterations = sum(count for _, count in options.stages)
         return [Built(by, mesh, fitted - started, built - fitted, iterations)]
 
@@ -273,8 +284,6 @@ def main() -> int:
     options, mesh_options = FitOptions(resolution=arguments.resolution), MeshOptions()
     device = None
     if arguments.device == "cuda":
-        from uc3d_rt.cuda_device import CudaDevice
-
         device = CudaDevice()
     builders = [our_builder(f"fit-{arguments.device}", options, mesh_options, device)]
     peers = peers_of(arguments, options, mesh_options) if arguments.peers else []

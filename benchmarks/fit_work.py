@@ -19,9 +19,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from uc3d_rt.device import Buffer, Device, Launch, Scalar
+from uc3d_rt.device import Buffer, Captured, Device, Launch, Scalar
 from uc3d_rt.neus.device_carve import SOLVER
-from uc3d_rt.neus.device_fit import PROGRESS
+from uc3d_rt.neus.device_fit import PROGRESS, TURN
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
@@ -106,9 +106,9 @@ class RayCounts:
 # Operations as written in cuda/render.cu and cuda/rays.cuh, for one of each.
 RAY = 21 + 1 + 2 * 3 + 6 + 25 + 16  # trace, jitter, two marches, white, losses, what is behind
 MET, UNSETTLED = 18, 6
-LOOKUP = 2 * (2 + 6 + 28)  # place, cell, distance
+LOOKUP = 2 * (2 + 6 + 44)  # place, cell, distance
 SKIP = 2 * 3
-SAMPLE = 2 * 4 + 3 + 204 + 3  # density; forward; values and their sums backward
+SAMPLE = 2 * 4 + 3 + 205 + 3  # density; forward; values and their sums backward
 JOINED = 2 * 2
 OPAQUE = 3 + 28
 BLENDED = 188 + 220
@@ -291,7 +291,8 @@ class Observed(ABC):
         self.device, self.stage = device, START
         self.iterations: dict[str, int] = {}
         self.empty, self.free = device.empty, device.free
-        self.upload, self.download = device.upload, device.download
+        self.upload, self.download, self.wait = device.upload, device.download, device.wait
+        self._kept: list[Callable[[], None]] | None = None  # while something is captured
 
     def launch(self, kernel: str, threads: int, *arguments: Buffer | Scalar | None) -> None:
         """See `Device`."""
@@ -310,13 +311,45 @@ class Observed(ABC):
         if kernel == "fit_rays" and before:
             self.iterations[self.stage] = self.iterations.get(self.stage, 0) + 1
 
-    @abstractmethod
     def clear(self, buffer: Buffer) -> None:
         """See `Device`."""
+        self._now_or_later(lambda: self.observe_clear(buffer))
 
-    @abstractmethod
     def repeat(self, launches: Sequence[Launch], times: int) -> None:
         """See `Device`."""
+        self._now_or_later(lambda: self.observe(launches, times))
+
+    def capture(self, work: Callable[[], None]) -> Captured:
+        """See `Device`: each launch is observed when it is replayed."""
+        self._kept = kept = []
+        try:
+            work()
+        finally:
+            self._kept = None
+        return kept
+
+    def replay(self, captured: Captured) -> None:
+        """See `Device`."""
+        for observed in captured:
+            observed()
+
+    def forget(self, captured: Sequence[Captured]) -> None:
+        """See `Device`: nothing is held."""
+        return
+
+    def _now_or_later(self, observed: Callable[[], None]) -> None:
+        if self._kept is None:
+            observed()
+        else:
+            self._kept.append(observed)
+
+    @abstractmethod
+    def observe_clear(self, buffer: Buffer) -> None:
+        """Clear memory."""
+
+    @abstractmethod
+    def observe(self, launches: Sequence[Launch], times: int) -> None:
+        """Run kernels, as `repeat`."""
 
 
 class Counted(Observed):
@@ -329,14 +362,14 @@ class Counted(Observed):
         self.nodes: dict[str, list[int]] = {}
         self._near: tuple[BoolArray, int] | None = None
 
-    def clear(self, buffer: Buffer) -> None:
-        """See `Device`."""
+    def observe_clear(self, buffer: Buffer) -> None:
+        """See `Observed`."""
         size = math.prod(buffer.shape) * buffer.dtype.itemsize
         self._add("clear", Work(moved=size, asked=size))
         self.device.clear(buffer)
 
-    def repeat(self, launches: Sequence[Launch], times: int) -> None:
-        """See `Device`."""
+    def observe(self, launches: Sequence[Launch], times: int) -> None:
+        """See `Observed`."""
         for _ in range(times):
             for kernel, threads, arguments in launches:
                 self.follow(kernel, arguments, before=True)
@@ -378,12 +411,14 @@ def _of_solver(device: Counted, arguments: Sequence[Any]) -> Work:
 
 def _fit_rays(device: Counted, arguments: Sequence[Any]) -> Work:
     sdf, _, _, *pixels = arguments[:8]
-    count, start, stride, key, step, cutoff = (a.item() for a in arguments[8:14])
+    count, stride, step, cutoff = (a.item() for a in arguments[8:12])
     progress = device.download(arguments[-1]).view(PROGRESS)[0]
+    turn = device.download(arguments[16]).view(TURN)[progress["iteration"]]
     arrays = [device.download(array) for array in pixels]
     counts, seen, blended = count_rays(
-        device.download(sdf), arrays, start, stride, key, progress["inv_s"], progress["band"], step, cutoff
-    )
+        device.download(sdf), arrays, int(turn["first"]), stride, int(turn["key"]), progress["inv_s"],
+        progress["band"], step, cutoff,
+    )  # fmt: skip
     device.rays.setdefault(device.stage, []).append(counts)
     return ray_work(counts, seen, blended, count, stride)
 
@@ -411,7 +446,7 @@ def _adam_step(device: Counted, arguments: Sequence[Any]) -> Work:
     return Work(
         moved=own * count + 6 * sectors(near, 4 * c) + 2 * sectors(near, 8 * c),
         asked=count * c * (own + 24 + 16),
-        operations=15 * count * c,
+        operations=16 * count * c,
     )
 
 

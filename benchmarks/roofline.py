@@ -12,7 +12,8 @@ of a stage:
 - Mop, atomics: millions of floating-point operations as written, of 64-bit additions in memory;
 - floor: microseconds for `moved` at the bandwidth of a large copy, or for the operations at the peak of
   fp32, whichever is longer;
-- measured: between the events, thus with some microseconds a launch; share: floor / measured.
+- measured: between two events around a launch, queued while the stream is held so that the host's time is
+  not in it, but some microseconds of the GPU's own a launch are; share: floor / measured.
 
 What one launch left in the L2 cache for the next need not be moved again, so a share may exceed 1.
 
@@ -25,10 +26,12 @@ One iteration under Nsight Compute (counting from 1, here the tenth on the fines
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +39,19 @@ from typing import Any
 from benchmarks.fit_work import START, Counted, Observed, Work
 from benchmarks.ground_truth import GroundTruth, load_truths
 from uc3d_rt.cuda_device import CudaDevice, cuda_driver
-from uc3d_rt.device import Buffer, Launch
+from uc3d_rt.device import Buffer, Launch, Scope
 from uc3d_rt.errors import BackendError
+from uc3d_rt.neus.device_fit import fit_on_device
 from uc3d_rt.neus.fit import FitOptions, fit
 
 COPY_BYTES = 2**30
 """Of the copy that bandwidth is measured with: far more than any cache holds."""
+
+MAPPED = 2
+"""CU_MEMHOSTALLOC_DEVICEMAP: the GPU reads it too."""
+
+AT_LEAST = 0
+"""CU_STREAM_WAIT_VALUE_GEQ."""
 
 FP32_LANES = 128
 """Of a multiprocessor, since sm_86 and on sm_90; each does a product and a sum a clock."""
@@ -65,6 +75,28 @@ class Events:
 
     def __init__(self, device: CudaDevice, driver: Any) -> None:
         self._device, self._driver = device, driver
+        with device.current():
+            self._flag = int(_checked(driver.cuMemHostAlloc(4, MAPPED)))
+            self._seen_flag = _checked(driver.cuMemHostGetDevicePointer(self._flag, 0))
+        self._turn = ctypes.c_uint32.from_address(self._flag)
+        self._turn.value = 0
+
+    def close(self) -> None:
+        """Give the flag's memory back."""
+        with self._device.current():
+            _checked(self._driver.cuMemFreeHost(self._flag))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The stream does nothing of what is queued within `with` until its end."""
+        turn = self._turn.value + 1
+        wanted = self._driver.cuuint32_t(turn)
+        with self._device.current():
+            _checked(self._driver.cuStreamWaitValue32(self._device.stream, self._seen_flag, wanted, AT_LEAST))
+        try:
+            yield
+        finally:
+            self._turn.value = turn
 
     def mark(self) -> Any:
         """An event, after all that is queued."""
@@ -97,20 +129,22 @@ class Timed(Observed):
         self._events = events
         self._marks: list[tuple[tuple[str, str], int, Any, Any]] = []
 
-    def clear(self, buffer: Buffer) -> None:
-        """See `Device`."""
-        start = self._events.mark()
-        self.device.clear(buffer)
-        self._marks.append((self.group("clear"), 1, start, self._events.mark()))
+    def observe_clear(self, buffer: Buffer) -> None:
+        """See `Observed`."""
+        with self._events.held():
+            start = self._events.mark()
+            self.device.clear(buffer)
+            self._marks.append((self.group("clear"), 1, start, self._events.mark()))
 
-    def repeat(self, launches: Sequence[Launch], times: int) -> None:
-        """See `Device`."""
+    def observe(self, launches: Sequence[Launch], times: int) -> None:
+        """See `Observed`."""
         for kernel, _, arguments in launches:
             self.follow(kernel, arguments, before=True)
         where = self.group(launches[0][0])
-        start = self._events.mark()
-        self.device.repeat(launches, times)
-        self._marks.append((where, times * len(launches), start, self._events.mark()))
+        with self._events.held():
+            start = self._events.mark()
+            self.device.repeat(launches, times)
+            self._marks.append((where, times * len(launches), start, self._events.mark()))
         for kernel, _, arguments in launches:
             self.follow(kernel, arguments, before=False)
 
@@ -153,6 +187,7 @@ def copy_bandwidth(device: CudaDevice, driver: Any, runs: int = 10) -> float:
         device.wait()
         best = max(best, 2e6 * COPY_BYTES / events.between_us(start, end))
     device.free([source, target])
+    events.close()
     return best
 
 
@@ -204,20 +239,25 @@ def print_lines(lines: list[Line], iterations: dict[str, int]) -> None:
         print(f"{stage:>6s} {what}: floor {floor:.1f} us, measured {us:.1f} us, share {floor / us:.2f}")
 
 
-def roofline(truth: GroundTruth, device: CudaDevice, driver: Any, peak: Peak, runs: int) -> list[Line]:
+def roofline(
+    truth: GroundTruth, device: CudaDevice, driver: Any, peak: Peak, options: FitOptions, runs: int
+) -> list[Line]:
     """Fit one object as it is, counted and timed; print and return the table."""
-    color, normal, options = truth.color, truth.normal, FitOptions()
+    color, normal = truth.color, truth.normal
     seconds = []
     for _ in range(runs + 1):  # the first one loads
         began = time.perf_counter()
-        fit(color, normal, options, device=device)
+        with Scope(device) as scope:
+            fit_on_device(scope, color, normal, options)
         seconds.append(time.perf_counter() - began)
     counted = Counted(device)
     fit(color, normal, options, device=counted)
-    timed = Timed(device, Events(device, driver))
+    events = Events(device, driver)
+    timed = Timed(device, events)
     fit(color, normal, options, device=timed)
     device.wait()
     measured = timed.measured()
+    events.close()
     lines = lines_of(counted.work, measured, counted.iterations, peak)
     print(f"\n{truth.name}")
     for stage, rays in counted.rays.items():
@@ -232,13 +272,13 @@ def roofline(truth: GroundTruth, device: CudaDevice, driver: Any, peak: Peak, ru
     print_lines(lines, counted.iterations)
     kernels = sum(us for us, _ in measured.values()) / 1e6
     print(
-        f"fit: {statistics.median(seconds[1:]):.4f} s by the clock, the host's part with it; kernels "
+        f"fit: {statistics.median(seconds[1:]):.4f} s by the clock, views to a field on the GPU; kernels "
         f"{kernels:.4f} s in {sum(count for _, count in measured.values())} launches"
     )
     return lines
 
 
-def profile(truth: GroundTruth, device: CudaDevice, driver: Any, iteration: int) -> None:
+def profile(truth: GroundTruth, device: CudaDevice, driver: Any, options: FitOptions, iteration: int) -> None:
     """Fit one object with the profiler on in one iteration, from 1."""
 
     def between(done: int, _total: int) -> None:
@@ -247,7 +287,7 @@ def profile(truth: GroundTruth, device: CudaDevice, driver: Any, iteration: int)
             with device.current():
                 _checked(driver.cuProfilerStop() if done == iteration else driver.cuProfilerStart())
 
-    fit(truth.color, truth.normal, FitOptions(), on_progress=between, device=device)
+    fit(truth.color, truth.normal, options, on_progress=between, device=device)
 
 
 def main() -> int:
@@ -258,10 +298,12 @@ def main() -> int:
     parser.add_argument("--views", type=Path, required=True, help="file of benchmarks/fit.py --save-views")
     parser.add_argument("--device", choices=["cuda"], default="cuda")
     parser.add_argument("--limit", type=int, default=1, help="objects, evenly spaced")
+    parser.add_argument("--resolution", type=int, default=160, help="nodes along an axis")
     parser.add_argument("--runs", type=int, default=5, help="of the fit as it is")
     parser.add_argument("--profile", type=int, metavar="ITERATION", help="this one alone, for a profiler")
     arguments = parser.parse_args()
-    last = sum(count for _, count in FitOptions().stages)
+    options = FitOptions(resolution=arguments.resolution)
+    last = sum(count for _, count in options.stages)
     if arguments.profile is not None and not 2 <= arguments.profile <= last:
         parser.error(f"--profile must be an iteration from 2 to {last}, got {arguments.profile}")
     truths = load_truths(arguments.views, arguments.limit, spread=True)
@@ -271,7 +313,7 @@ def main() -> int:
         parser.error(str(error))
     with CudaDevice() as device:
         if arguments.profile is not None:
-            profile(next(truths), device, driver, arguments.profile)
+            profile(next(truths), device, driver, options, arguments.profile)
             return 0
         peak = peak_of(device, driver)
         print(
@@ -279,7 +321,7 @@ def main() -> int:
             f"fp32 {peak.fp32 / 1e12:.1f} Top/s"
         )
         for truth in truths:
-            roofline(truth, device, driver, peak, arguments.runs)
+            roofline(truth, device, driver, peak, options, arguments.runs)
     return 0
 
 

@@ -66,7 +66,8 @@ def main(device: str, resolution: int, runs: int) -> None:
             timed("cuda, turned", turn, runs)
 
         def whole() -> Surface:
-            return surface_on_device(opened, field.sdf, normal, MIN_SHARE)
+            with Scope(opened) as scope:
+                return surface_on_device(scope, uploaded(scope, field.sdf), normal, MIN_SHARE)
 
         found = timed("cuda, uploaded and all", whole, runs)
     assert is_closed(found.faces)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +23,12 @@ if TYPE_CHECKING:
     from uc3d_rt.pipeline import Views
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+_NEEDED_LATER = (
+    "trimesh", "scipy.sparse.csgraph", "fast_simplification", "xatlas", "uc3d_rt.mesh.build",
+    "uc3d_rt.mesh.device_bake", "uc3d_rt.mesh.device_refine", "uc3d_rt.neus.device_fit",
+)  # fmt: skip
+"""Modules that fit and mesh import, seconds in all."""
 
 
 @click.command(name="uc3d-rt", context_settings={"help_option_names": ["-h", "--help"]})
@@ -139,9 +148,15 @@ def command(
 
         numba.set_num_threads(min(threads, numba.get_num_threads()))
     with StageBars(shown=not quiet and sys.stderr.isatty()) as bars:
+
+        def begin(stage: str, done: int, total: int) -> None:
+            if (stage, done) == ("encode", 0) and pipeline.mesh_device != "cpu":
+                threading.Thread(target=_import_ahead).start()  # the CPU has little to do meanwhile
+            bars.update(stage, done, total)
+
         views = pipeline.views(
             image, steps=steps, guidance=guidance, noise_scale=noise_scale, first_step_to=first_step_to,
-            seed=seed, focal_mm=focal_mm, on_progress=bars.update,
+            seed=seed, focal_mm=focal_mm, on_progress=begin,
         )  # fmt: skip
         for note in views.notes:
             bars.say(f"warning: {note}")
@@ -190,6 +205,13 @@ def main(arguments: list[str] | None = None) -> None:
         code, text = _explained(error)
         click.echo(f"error: {' '.join(text.split())}", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _import_ahead() -> None:
+    """Import what is needed later; what fails to import fails again, with its reason, where it is needed."""
+    for name in _NEEDED_LATER:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def check_output(output: Path, file_format: str | None) -> str:

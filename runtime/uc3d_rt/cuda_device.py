@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.device import Buffer, Launch, Scalar
+from uc3d_rt.device import Buffer, Captured, Launch, Scalar
 from uc3d_rt.errors import BackendError
 
 FATBIN = Path(__file__).parent / "cuda" / "kernels.fatbin"
@@ -104,10 +104,13 @@ class CudaDevice:
         self._context: Any = None
         self._module: Any = None
         self._stream: Any = None
+        self._pool: Any = None
+        self._graphs: list[Any] = []
         try:
             (self._device,) = self._call("cuDeviceGet", ordinal)
             (self._context,) = self._call("cuDevicePrimaryCtxRetain", self._device)
             (self._stream,) = self._call("cuStreamCreate", 1)  # does not wait for the default stream
+            self._pool = self._new_pool(ordinal)
         except BaseException:
             self.close()
             raise
@@ -129,9 +132,16 @@ class CudaDevice:
             return
         self._context = None
         driver.cuCtxPushCurrent(context)
+        if self._stream is not None:
+            driver.cuStreamSynchronize(self._stream)
+        for graph in self._graphs:
+            driver.cuGraphExecDestroy(graph)
         for address in self._buffers:
             driver.cuMemFree(address)
+        self._graphs.clear()
         self._buffers.clear()
+        if self._pool is not None:
+            driver.cuMemPoolDestroy(self._pool)
         if self._module is not None:
             driver.cuModuleUnload(self._module)
         if self._stream is not None:
@@ -139,11 +149,35 @@ class CudaDevice:
         driver.cuCtxPopCurrent()
         driver.cuDevicePrimaryCtxRelease(self._device)
 
+    def _new_pool(self, ordinal: int) -> Any:
+        """A pool that keeps what is freed, for what is taken next; None where the GPU has no pools."""
+        driver = self._driver
+        supported = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED
+        if not self._call("cuDeviceGetAttribute", supported, self._device)[0]:
+            return None
+        properties = driver.CUmemPoolProps()
+        properties.allocType = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        properties.location.id = ordinal
+        (pool,) = self._call("cuMemPoolCreate", properties)
+        threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+        self._call("cuMemPoolSetAttribute", pool, threshold, driver.cuuint64_t(2**64 - 1))
+        return pool
+
+    def trim(self) -> None:
+        """Give the memory that is free in our pool back to the GPU, for others."""
+        self.wait()
+        if self._pool is not None:
+            self._call("cuMemPoolTrimTo", self._pool, 0)
+
     def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> CudaBuffer:
         """See `Device`."""
         kind: np.dtype[Any] = np.dtype(dtype)
-        nbytes = math.prod(shape) * kind.itemsize
-        (address,) = self._call("cuMemAlloc", max(nbytes, 1))
+        nbytes = max(math.prod(shape) * kind.itemsize, 1)
+        if self._pool is None:
+            (address,) = self._call("cuMemAlloc", nbytes)
+        else:
+            (address,) = self._call("cuMemAllocFromPoolAsync", nbytes, self._pool, self._stream)
         buffer = CudaBuffer(int(address), tuple(shape), kind)
         self._buffers[buffer.address] = buffer
         return buffer
@@ -173,11 +207,15 @@ class CudaDevice:
 
     def free(self, buffers: Sequence[Buffer]) -> None:
         """See `Device`."""
-        self.wait()
+        if self._pool is None:
+            self.wait()
         for buffer in buffers:
             own = cast(CudaBuffer, buffer)
             del self._buffers[own.address]
-            self._call("cuMemFree", own.address)
+            if self._pool is None:
+                self._call("cuMemFree", own.address)
+            else:
+                self._call("cuMemFreeAsync", own.address, self._stream)
 
     def launch(self, kernel: str, threads: int, *arguments: Buffer | Scalar | None) -> None:
         """See `Device`."""
@@ -191,6 +229,37 @@ class CudaDevice:
                 for function, blocks, pointers, _values in packed:
                     size = (blocks, 1, 1, BLOCK, 1, 1)
                     _call(self._driver, "cuLaunchKernel", function, *size, 0, self._stream, pointers, 0)
+
+    def capture(self, work: Callable[[], None]) -> Captured:
+        """See `Device`: a CUDA graph."""
+        # Relaxed: kernels may be loaded on the way.
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._call("cuStreamBeginCapture", self._stream, mode)
+        graph = None
+        try:
+            try:
+                work()
+            finally:
+                (graph,) = self._call("cuStreamEndCapture", self._stream)
+            (runnable,) = self._call("cuGraphInstantiate", graph, 0)
+        finally:
+            if graph is not None:
+                self._call("cuGraphDestroy", graph)
+        self._graphs.append(runnable)
+        return runnable
+
+    def replay(self, captured: Captured) -> None:
+        """See `Device`."""
+        self._call("cuGraphLaunch", captured, self._stream)
+
+    def forget(self, captured: Sequence[Captured]) -> None:
+        """See `Device`."""
+        if not captured:
+            return
+        self.wait()
+        for graph in captured:
+            self._graphs = [kept for kept in self._graphs if kept is not graph]
+            self._call("cuGraphExecDestroy", graph)
 
     def _packed(
         self, kernel: str, threads: int, arguments: Sequence[Buffer | Scalar | None]
@@ -217,11 +286,7 @@ class CudaDevice:
         return int(self._stream)
 
     def wait(self) -> None:
-        """Until all work is done.
-
-        Raises:
-            BackendError: it failed.
-        """
+        """See `Device`."""
         self._call("cuStreamSynchronize", self._stream)
 
     def free_memory(self) -> tuple[int, int]:

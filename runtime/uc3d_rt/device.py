@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -31,6 +31,9 @@ class Buffer(Protocol):
 
 Launch = tuple[str, int, Sequence[Buffer | Scalar | None]]
 """Kernel, threads and arguments, as of `Device.launch`."""
+
+Captured = Any
+"""What `Device.capture` has kept; each device has its own kind."""
 
 
 class Device(Protocol):
@@ -60,6 +63,14 @@ class Device(Protocol):
         """Give memory back when all before is done."""
         ...
 
+    def wait(self) -> None:
+        """Until all work is done.
+
+        Raises:
+            BackendError: it failed.
+        """
+        ...
+
     def launch(self, kernel: str, threads: int, *arguments: Buffer | Scalar | None) -> None:
         """Run a kernel with at least that many threads, or as many as make sense.
 
@@ -81,14 +92,39 @@ class Device(Protocol):
         """
         ...
 
+    def capture(self, work: Callable[[], None]) -> Captured:
+        """Keep what `work` launches and clears, which does not run, to run it often with `replay`.
+
+        Args:
+            work: takes and frees no memory, and neither uploads nor downloads.
+
+        Raises:
+            BackendError: the device refused.
+        """
+        ...
+
+    def replay(self, captured: Captured) -> None:
+        """Run what was captured, with the memory and the numbers of then.
+
+        Raises:
+            BackendError: the device refused.
+        """
+        ...
+
+    def forget(self, captured: Sequence[Captured]) -> None:
+        """Give back what the device holds for captures that are not needed any more."""
+        ...
+
 
 class Scope:
-    """A `Device` of which all memory that was taken through it is freed at the end of a `with`."""
+    """A `Device` that frees all memory and captures that were taken through it at the end of a `with`."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._taken: dict[int, Buffer] = {}
-        self.launch, self.repeat = device.launch, device.repeat
+        self._captured: dict[int, Captured] = {}
+        self.launch, self.repeat, self.replay = device.launch, device.repeat, device.replay
+        self.wait = device.wait
         self.clear, self.upload, self.download = device.clear, device.upload, device.download
 
     def __enter__(self) -> Self:
@@ -99,9 +135,9 @@ class Scope:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Free what is left; where an error is on its way, a device that fails to do so too is let be."""
-        left = list(self._taken.values())
         with contextlib.suppress(*([] if kind is None else [BackendError])):
-            self.free(left)
+            self.forget(list(self._captured.values()))
+            self.free(list(self._taken.values()))
 
     def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> Buffer:
         """See `Device`."""
@@ -114,6 +150,18 @@ class Scope:
         for buffer in buffers:
             del self._taken[id(buffer)]
         self._device.free(buffers)
+
+    def capture(self, work: Callable[[], None]) -> Captured:
+        """See `Device`."""
+        captured = self._device.capture(work)
+        self._captured[id(captured)] = captured
+        return captured
+
+    def forget(self, captured: Sequence[Captured]) -> None:
+        """See `Device`."""
+        for one in captured:
+            del self._captured[id(one)]
+        self._device.forget(captured)
 
 
 def uploaded(device: Device, array: NDArray[Any]) -> Buffer:

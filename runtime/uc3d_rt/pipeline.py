@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from uc3d_rt.backends.base import Backend, Network, Place, Resource, Sampler
 from uc3d_rt.backends.choice import Choice, choose, chosen_device
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
+from uc3d_rt.device import Scope
 from uc3d_rt.errors import BackendError, BundleError, UsageError
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
 from uc3d_rt.sampler import ddim_steps
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from uc3d_rt.cuda_device import CudaDevice
     from uc3d_rt.mesh.build import MeshOptions
+    from uc3d_rt.neus.field import DeviceField, Field
     from uc3d_rt.neus.fit import FitOptions
 
 FloatArray = NDArray[np.float32]
@@ -261,12 +263,19 @@ class Pipeline:
         mesh_options = mesh_options or MeshOptions()
         clock = _Clock(on_progress)
         with ExitStack() as opened:
+            surface: Field | DeviceField
             with clock.stage("fit") as tick:
                 device = opened.enter_context(self._fit_device())
-                surface = fit(views.color, views.normal, fit_options, tick, device)
+                if device is None or self.mesh_device == "cpu":
+                    surface = fit(views.color, views.normal, fit_options, tick, device)
+                    scope = None
+                else:
+                    from uc3d_rt.neus.device_fit import fit_on_device
+
+                    scope = opened.enter_context(Scope(device))
+                    surface = fit_on_device(scope, views.color, views.normal, fit_options, tick)
             with clock.stage("mesh") as tick:
-                there = device if self.mesh_device != "cpu" else None
-                mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick, there)
+                mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick, scope)
         return Result(views, mesh, {**views.timings, **clock.seconds}, views.notes)
 
     def __enter__(self) -> Pipeline:

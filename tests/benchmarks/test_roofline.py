@@ -22,9 +22,9 @@ from benchmarks.fit_work import (
     with_neighbours,
 )
 from tests.conftest import ellipsoid_views
-from tests.runtime.host_device import SOURCES, HostDevice, compiler
+from tests.runtime.host_device import SOURCES, HostDevice, compiler, uploaded_pixels
 from uc3d_rt.device import Scope, uploaded
-from uc3d_rt.neus.device_fit import DevicePixels, DeviceState, iterate
+from uc3d_rt.neus.device_fit import DeviceState, iterate, turns_of
 from uc3d_rt.neus.fit import FitOptions, check_views, fit
 from uc3d_rt.neus.rays import Pixels, select_pixels, trace_rays
 from uc3d_rt.neus.render import MAX_SAMPLES, _march
@@ -225,7 +225,9 @@ def test_nodes_that_gradients_reach_are_those_marked(host: CountingHost) -> None
         state.device = counted
         left: list[np.ndarray] = []
         state.step = lambda *_: left.append(np.array(state.d_color))  # type: ignore[method-assign]
-        iterate(state, DevicePixels(scope, pixels), 48, OPTIONS, 0, 0, 0.0)
+        stride = ray_arguments(pixels, 40)[1]
+        turns = uploaded(scope, turns_of(OPTIONS, 0, 3, stride).view(np.uint8))
+        iterate(state, uploaded_pixels(scope, pixels), 48, OPTIONS, turns, stride)
     reached = (left[0] != 0).any(-1)
     work = counted.work["start", "hull and carving"]
     assert reached.sum() > 1000
@@ -282,6 +284,21 @@ class Driver(ModuleType):
         super().__init__("driver")
         self.events = 0
         self.profiling: list[str] = []
+        self.flag = ctypes.c_uint32(7)
+        self.held = 0
+        self.cuuint32_t = int
+
+    def cuMemHostAlloc(self, size: int, _flags: int) -> tuple[int, int]:
+        assert size == ctypes.sizeof(self.flag)
+        return 0, ctypes.addressof(self.flag)
+
+    def cuMemHostGetDevicePointer(self, address: int, _flags: int) -> tuple[int, int]:
+        return 0, address
+
+    def cuStreamWaitValue32(self, _stream: int, address: int, value: int, _flags: int) -> tuple[int]:
+        assert address == ctypes.addressof(self.flag) and value == self.flag.value + 1
+        self.held = value
+        return (0,)
 
     def cuDeviceGet(self, ordinal: int) -> tuple[int, int]:
         return 0, ordinal
@@ -292,6 +309,10 @@ class Driver(ModuleType):
     def cuEventCreate(self, _flags: int) -> tuple[int, int]:
         self.events += 1
         return 0, self.events
+
+    def cuEventRecord(self, _event: int, _stream: int) -> tuple[int]:
+        assert self.held == self.flag.value + 1 or not self.held  # queued while the stream waits
+        return (0,)
 
     def cuEventElapsedTime(self, start: int, end: int) -> tuple[int, float]:
         return 0, 5e-3 * (end - start)
@@ -307,14 +328,11 @@ class Driver(ModuleType):
         return call
 
 
-def test_the_table_holds_every_group(
-    host: CountingHost, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_holds_every_group(host: CountingHost, capsys: pytest.CaptureFixture[str]) -> None:
     color, normal = ellipsoid_views(48)
-    monkeypatch.setattr(roofline, "FitOptions", lambda: OPTIONS)
     driver, truth = Driver(), SimpleNamespace(name="thing", color=color, normal=normal)
     peak = roofline.Peak(3.35e12, 2.9e12, 6.7e13)
-    lines = roofline.roofline(truth, host, driver, peak, runs=1)  # type: ignore[arg-type]
+    lines = roofline.roofline(truth, host, driver, peak, OPTIONS, runs=1)  # type: ignore[arg-type]
     printed = capsys.readouterr().out
     for line in lines:
         assert line.group in printed and line.measured_us > 0.0
@@ -340,12 +358,11 @@ def test_peaks_come_of_the_driver(host: CountingHost, monkeypatch: pytest.Monkey
     assert math.isclose(peak.floor_us(Work(operations=round(6.69e8))), 10.0, rel_tol=1e-2)
 
 
-def test_one_iteration_is_profiled(host: CountingHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_iteration_is_profiled(host: CountingHost) -> None:
     color, normal = ellipsoid_views(48)
-    monkeypatch.setattr(roofline, "FitOptions", lambda: OPTIONS)
     driver = Driver()
     truth = SimpleNamespace(color=color, normal=normal)
-    roofline.profile(truth, host, driver, 5)  # type: ignore[arg-type]
+    roofline.profile(truth, host, driver, OPTIONS, 5)  # type: ignore[arg-type]
     assert driver.profiling == ["cuProfilerStart", "cuProfilerStop"]
 
 

@@ -3,13 +3,15 @@
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import uc3d_rt
-from uc3d_rt.device import Launch
+from uc3d_rt.device import Device, Launch, uploaded
+from uc3d_rt.neus.device_views import DevicePixels
+from uc3d_rt.neus.rays import Pixels
 
 SOURCES = Path(uc3d_rt.__file__).parent / "cuda"
 
@@ -19,8 +21,17 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
 
 
+def uploaded_pixels(device: Device, pixels: Pixels) -> DevicePixels:
+    """Pixels in the order of the host."""
+    arrays = (pixels.origin, pixels.direction, pixels.color, pixels.normal, pixels.mask)
+    origin, direction, color, normal, mask = (uploaded(device, array) for array in arrays)
+    return DevicePixels(len(pixels.mask), (origin, direction), (color, normal, mask))
+
+
 class HostDevice:
     """A `Device` whose memory is NumPy's."""
+
+    kept: list[Callable[[], None]] | None = None  # while something is captured
 
     def __init__(self, library: Path) -> None:
         subprocess.run(
@@ -33,19 +44,27 @@ class HostDevice:
         self.blocks = (0,)  # in which order; each is one thread
 
     def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
+        assert self.kept is None
         self.live += 1
         kind = np.dtype(dtype)
         return np.full(shape, np.nan if kind.kind == "f" else 77, kind)  # nobody may count on zeros
 
     def clear(self, buffer: np.ndarray) -> None:
-        buffer[...] = 0
+        if self.kept is not None:
+            self.kept.append(lambda: self.clear(buffer))
+        else:
+            buffer[...] = 0
 
     def upload(self, array: np.ndarray, buffer: np.ndarray) -> None:
-        assert array.shape == buffer.shape and array.dtype == buffer.dtype
+        assert array.shape == buffer.shape and array.dtype == buffer.dtype and self.kept is None
         buffer[...] = array
 
     def download(self, buffer: np.ndarray) -> np.ndarray:
+        assert self.kept is None
         return buffer.copy()
+
+    def wait(self) -> None:
+        assert self.kept is None
 
     def free(self, buffers: Sequence[np.ndarray]) -> None:
         self.live -= len(buffers)
@@ -53,6 +72,9 @@ class HostDevice:
             buffer.view(np.uint8)[...] = 255
 
     def launch(self, kernel: str, threads: int, *arguments: np.ndarray | np.generic | None) -> None:
+        if self.kept is not None:
+            self.kept.append(lambda: self.launch(kernel, threads, *arguments))
+            return
         kinds = {"i4": ctypes.c_int, "u4": ctypes.c_uint, "f4": ctypes.c_float, "f8": ctypes.c_double}
         values = [
             ctypes.c_void_p(a if a is None else a.ctypes.data)
@@ -68,3 +90,20 @@ class HostDevice:
         for _ in range(times):
             for kernel, threads, arguments in launches:
                 self.launch(kernel, threads, *arguments)
+
+    def capture(self, work: Callable[[], None]) -> list[Callable[[], None]]:
+        assert self.kept is None
+        self.kept = kept = []
+        try:
+            work()
+        finally:
+            self.kept = None
+        self.live += 1
+        return kept
+
+    def replay(self, captured: list[Callable[[], None]]) -> None:
+        for launch in captured:
+            launch()
+
+    def forget(self, captured: Sequence[list[Callable[[], None]]]) -> None:
+        self.live -= len(captured)

@@ -8,13 +8,14 @@ import pytest
 from scipy.ndimage import maximum_filter
 
 from tests.runtime import analytic
-from tests.runtime.host_device import HostDevice
+from tests.runtime.host_device import HostDevice, uploaded_pixels
 from uc3d_rt.device import Device, Scope, uploaded
 from uc3d_rt.errors import BackendError, FitError
 from uc3d_rt.neus import carve as twin
 from uc3d_rt.neus import fit as fit_twin
 from uc3d_rt.neus.device_carve import SOLVER, DeviceCarving, carve, initial_colors
-from uc3d_rt.neus.device_fit import DevicePixels, DeviceState
+from uc3d_rt.neus.device_fit import DeviceState
+from uc3d_rt.neus.device_views import images_on_device
 from uc3d_rt.neus.field import near_nodes
 from uc3d_rt.neus.fit import FitOptions, fit
 from uc3d_rt.neus.hull import hull_sdf
@@ -71,7 +72,7 @@ def scope(device: Device) -> Iterator[Scope]:
 
 
 def carving_of(scope: Scope, pixels: Pixels) -> DeviceCarving:
-    return DeviceCarving(scope, DevicePixels(scope, pixels), R, SIZE_PX)
+    return DeviceCarving(scope, uploaded_pixels(scope, pixels), R, SIZE_PX)
 
 
 def reordered(pixels: Pixels) -> tuple[np.ndarray, Pixels]:
@@ -220,10 +221,10 @@ def test_move_nodes(scope: Scope, pixels: Pixels, sdf: np.ndarray, hull: np.ndar
 
 
 def test_initial_colors(scope: Scope, views: Views, sdf: np.ndarray) -> None:
-    color, _, masks = views
+    color, normal, masks = views
     state = DeviceState(scope, uploaded(scope, sdf), 2.0)
     scope.upload(sdf, state.sdf)
-    initial_colors(state, color, masks)
+    initial_colors(state, images_on_device(scope, color, normal))
     expected = fit_twin.initial_colors(sdf, color, masks)
     # A node that projects onto the border of two pixels may take either.
     off = np.abs(scope.download(state.color) - expected).max(axis=-1)
@@ -238,7 +239,7 @@ def test_carve(scope: Scope, views: Views, pixels: Pixels, hull: np.ndarray, ste
     found = []
     for shown in (pixels, reordered(pixels)[1]):
         state = DeviceState(scope, uploaded(scope, hull), 2.0)
-        carve(state, DevicePixels(scope, shown), SIZE_PX, steps)
+        carve(state, uploaded_pixels(scope, shown), SIZE_PX, steps)
         found.append(scope.download(state.sdf))
         np.testing.assert_allclose(scope.download(state.start), start, atol=1e-3)
     assert found[0].tobytes() == found[1].tobytes()

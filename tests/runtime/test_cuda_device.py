@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,16 @@ from uc3d_rt.errors import BackendError
 Run = Callable[..., tuple[int, str, str]]
 
 
+class Anything:
+    """An enumeration, or a structure, with whatever members the driver's has."""
+
+    def __getattr__(self, name: str) -> Anything:
+        return self.__dict__.setdefault(name, Anything())
+
+    def __call__(self) -> Anything:
+        return self
+
+
 class Driver(ModuleType):
     """Answers every call with success, keeps a list of them, and fails where it is told to."""
 
@@ -27,10 +38,15 @@ class Driver(ModuleType):
         self.calls: list[tuple[str, tuple[object, ...]]] = []
         self.fails: dict[str, int] = {}
         self.gpus = 1
+        self.pools = True
         self.memory: dict[int, int] = {}
         self.words: list[list[int]] = []  # the first three arguments of each kernel, as eight bytes
 
-    def __getattr__(self, name: str) -> Callable[..., tuple[object, ...]]:
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("CU"):
+            return Anything()
+        if name == "cuuint64_t":
+            return int
         if not name.startswith("cu"):
             raise AttributeError(name)
 
@@ -40,13 +56,15 @@ class Driver(ModuleType):
                 return (self.fails[name],)
             if name == "cuDeviceGetCount":
                 return 0, self.gpus
-            if name == "cuMemAlloc":
+            if name == "cuDeviceGetAttribute":
+                return 0, int(self.pools)
+            if name in ("cuMemAlloc", "cuMemAllocFromPoolAsync"):
                 self.memory[4096 * (len(self.calls) + 1)] = int(arguments[0])  # type: ignore[call-overload]
                 return 0, 4096 * (len(self.calls) + 1)
             if name == "cuLaunchKernel":
                 pointers = (ctypes.c_uint64 * 3).from_address(int(arguments[9]))  # type: ignore[call-overload]
                 self.words.append([ctypes.c_uint64.from_address(at).value for at in pointers])
-            if name == "cuMemFree":
+            if name in ("cuMemFree", "cuMemFreeAsync"):
                 del self.memory[int(arguments[0])]  # type: ignore[call-overload]
             return 0, object()
 
@@ -65,7 +83,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return found
 
 
-def test_what_is_taken_is_given_back(driver: Driver) -> None:
+@pytest.mark.parametrize("pools", [True, False])
+def test_what_is_taken_is_given_back(driver: Driver, pools: bool) -> None:
+    driver.pools = pools
     with CudaDevice() as device:
         a, b = device.empty((3, 5), np.float32), device.empty((0,), np.int64)
         assert sorted(driver.memory.values()) == [1, 60]
@@ -74,13 +94,21 @@ def test_what_is_taken_is_given_back(driver: Driver) -> None:
         device.launch("bend", 1000, a, None, np.int32(7))
         blocks, threads = driver.calls[-2][1][1], driver.calls[-2][1][4]
         assert driver.calls[-2][0] == "cuLaunchKernel" and blocks * threads >= 1000  # type: ignore[operator]
+        kept = [device.capture(lambda: device.clear(a)) for _ in range(3)]
+        device.forget(kept[:1])
+        device.replay(kept[1])
+        assert driver.calls[-2] == ("cuGraphLaunch", (kept[1], device._stream))
+        device.trim()
     assert driver.memory == {}
+    assert ("cuMemAlloc" in driver.names()) != pools
     for taken, given in (
         ("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"),
         ("cuStreamCreate", "cuStreamDestroy"),
         ("cuModuleLoadData", "cuModuleUnload"),
+        *([("cuMemPoolCreate", "cuMemPoolDestroy")] if pools else []),
     ):
         assert driver.names().count(taken) == driver.names().count(given) == 1
+    assert driver.names().count("cuGraphExecDestroy") == driver.names().count("cuGraphDestroy") == 3
     device.close()  # twice does nothing
     assert driver.names().count("cuDevicePrimaryCtxRelease") == 1
 
@@ -90,10 +118,11 @@ def test_a_thread_keeps_the_context_it_had(driver: Driver) -> None:
     with CudaDevice() as device, ThreadPoolExecutor(1) as other:
         buffer = other.submit(device.empty, (4,), np.float32).result()
         device.clear(buffer)
-        driver.fails["cuMemAlloc"] = 2
+        driver.fails["cuMemAllocFromPoolAsync"] = 2
         with pytest.raises(BackendError):
             device.empty((4,), np.float32)
-    names = [name for name in driver.names() if name not in ("cuInit", "cuDeviceGetCount", "cuDeviceGet")]
+    before = ("cuInit", "cuDeviceGetCount", "cuDeviceGet")
+    names = [name for name in driver.names() if name not in before]
     depth = 0
     for name in names:
         depth += {"cuCtxPushCurrent": 1, "cuCtxPopCurrent": -1}.get(name, 0)
@@ -101,6 +130,17 @@ def test_a_thread_keeps_the_context_it_had(driver: Driver) -> None:
             "cuCtxPopCurrent", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"
         )  # fmt: skip
     assert depth == 0
+
+
+def test_a_capture_that_fails_ends(driver: Driver) -> None:
+    """The stream can be used again; what was captured until then is gone."""
+    with CudaDevice() as device:
+        driver.fails["cuLaunchKernel"] = 1
+        with pytest.raises(BackendError, match="cuLaunchKernel failed"):
+            device.capture(lambda: device.launch("bend", 1, None, None, None))
+        names = driver.names()
+        assert names.count("cuStreamBeginCapture") == names.count("cuStreamEndCapture") == 1
+        assert names.count("cuGraphDestroy") == 1 and "cuGraphInstantiate" not in names
 
 
 def test_kernels_get_their_arguments(driver: Driver) -> None:
@@ -118,7 +158,7 @@ def test_kernels_get_their_arguments(driver: Driver) -> None:
     "name, status, mend",
     [
         ("cuModuleLoadData", 209, "build-kernels"),
-        ("cuMemAlloc", 2, "--resolution"),
+        ("cuMemAllocFromPoolAsync", 2, "--resolution"),
         ("cuInit", 100, "--device cpu"),
     ],
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 
 from tests.runtime import analytic
 from tests.runtime.host_device import HostDevice
@@ -11,10 +12,16 @@ from uc3d_rt.device import Device, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.extract import extract_surface
 from uc3d_rt.neus.adam import adam_step
-from uc3d_rt.neus.device_fit import PROGRESS, DeviceHull, DeviceState, refined
+from uc3d_rt.neus.device_fit import PROGRESS, RAY_LANES, TURN, DeviceHull, DeviceState, refined, turns_of
+from uc3d_rt.neus.device_views import (
+    images_on_device,
+    merged_on_device,
+    outlines_on_device,
+    pixels_on_device,
+)
 from uc3d_rt.neus.field import near_nodes, resample
-from uc3d_rt.neus.fit import FitOptions, fit, ray_gradient, smoothness, thickness_weight
-from uc3d_rt.neus.hull import hull_sdf
+from uc3d_rt.neus.fit import FitOptions, check_views, fit, ray_gradient, smoothness, thickness_weight
+from uc3d_rt.neus.hull import hull_sdf, pair_distances, silhouette_distance
 from uc3d_rt.neus.rays import Pixels, select_pixels, trace_rays
 from uc3d_rt.neus.redistance import restore_distance
 from uc3d_rt.neus.regularize import regularize
@@ -62,7 +69,7 @@ def test_render_rays(device: Device, sdf: np.ndarray, pixels: Pixels, inv_s: flo
     given = [uploaded(device, a) for a in (pixels.origin, pixels.direction, offset)]
     march = [np.float32(v) for v in (inv_s, *how)]
     out = device.empty((count, 7), np.float32)
-    device.launch("render_rays", count, *field, np.int32(R), *given, np.int32(count), *march, out)
+    device.launch("render_rays", RAY_LANES * count, *field, np.int32(R), *given, np.int32(count), *march, out)
     found = device.download(out)
     assert (found[~crosses] == (1, 1, 1, 0, 0, 0, 0)).all()
     assert close(found[crosses], expected, 2e-5)
@@ -74,7 +81,7 @@ def test_render_rays(device: Device, sdf: np.ndarray, pixels: Pixels, inv_s: flo
     )
     sums = [cleared(device, a.shape, np.int64) for a in (sdf, color, np.empty(1))]
     device.launch(
-        "render_rays_backward", count, *field, np.int32(R), *given, np.int32(count), *march,
+        "render_rays_backward", RAY_LANES * count, *field, np.int32(R), *given, np.int32(count), *march,
         uploaded(device, d_out), *sums,
     )  # fmt: skip
     found_sdf, found_color, found_inv_s = (device.download(a) / ONE for a in sums)
@@ -112,14 +119,19 @@ def test_fit_rays(device: Device, sdf: np.ndarray, pixels: Pixels) -> None:
     state = DeviceState(device, uploaded(device, sdf), inv_s)
     device.upload(sdf, state.sdf)
     device.upload(color, state.color)
+    turns = np.zeros(3, TURN)
+    turns["key"], turns["first"] = (1, 2, key), (0, 2, 1)
+    progress = device.download(state.progress).view(PROGRESS)
+    progress["iteration"] = 2
+    device.upload(progress.view(np.uint8), state.progress)
     shown = (pixels.origin, pixels.direction, pixels.color, pixels.normal, pixels.mask)
     count = len(pixels.mask)
     device.launch(
-        "fit_rays", -(-count // 3), state.sdf, state.color, np.int32(R),
-        *(uploaded(device, a) for a in shown), np.int32(count), np.int32(1), np.int32(3), key,
+        "fit_rays", RAY_LANES * -(-count // 3), state.sdf, state.color, np.int32(R),
+        *(uploaded(device, a) for a in shown), np.int32(count), np.int32(3),
         np.float32(how[0]), np.float32(how[2]),
         *(np.float32(w) for w in (options.w_rgb, options.w_normal, options.w_mask, 0.5)),
-        state.d_sdf, state.d_color, state.progress,
+        uploaded(device, turns.view(np.uint8)), state.d_sdf, state.d_color, state.progress,
     )  # fmt: skip
     assert close(device.download(state.d_sdf)[..., 0] / ONE, d_sdf, 2e-4)
     assert close(device.download(state.d_color) / ONE, d_color, 2e-4)
@@ -150,11 +162,15 @@ def test_regularize_and_adam_step(device: Device, sdf: np.ndarray) -> None:
     expected, colors = sdf.copy(), color.copy().reshape(-1, 3)
     moments = [np.zeros((R**3, c), np.float32) for c in (1, 1, 3, 3)]
     laplacian = np.zeros(R**3, np.float32)
+    turns = turns_of(options, 0, 3, 5)
+    assert [round(float(rate), 6) for rate in turns["rate"]] == [1.0, round(options.final_rate**0.5, 6), 0.15]
+    uploaded_turns = uploaded(device, turns.view(np.uint8))
     for step in (1, 2):
-        state.step(options, step, 0.7)
+        state.step(options, uploaded_turns)
+        rate = options.final_rate ** ((step - 1) / 2)
         gradient = d_sdf[..., 0].copy() if step == 1 else np.zeros_like(sdf)
         regularize(expected, nodes, options.w_eikonal, smooth, laplacian, gradient)
-        rates = (options.learning_rate * 0.7, options.learning_rate_color * 0.7)
+        rates = (options.learning_rate * rate, options.learning_rate_color * rate)
         values = expected.reshape(-1, 1)
         adam_step(values, gradient.reshape(-1, 1), *moments[:2], nodes, step, rates[0], 0.02)
         more = d_color.reshape(-1, 3).copy() if step == 1 else np.zeros((R**3, 3), np.float32)
@@ -166,15 +182,19 @@ def test_regularize_and_adam_step(device: Device, sdf: np.ndarray) -> None:
     state.free()
 
 
-def test_restore_distance(device: Device, sdf: np.ndarray) -> None:
+@pytest.mark.parametrize(
+    "source, target", [("sdf", "sdf"), ("start", "sdf"), ("spare", "sdf"), ("start", "start")]
+)
+def test_restore_distance(device: Device, sdf: np.ndarray, source: str, target: str) -> None:
     bad = sdf * np.float32(1.7)
     state = DeviceState(device, uploaded(device, sdf), 2.0)
-    device.upload(bad, state.sdf)
-    state.restore_distance()
-    found = device.download(state.sdf)
+    device.upload(bad, getattr(state, source))
+    state.restore_distance(getattr(state, source), getattr(state, target))
     expected = bad.copy()
     restore_distance(expected)
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(device.download(getattr(state, target)), expected, atol=1e-3)
+    if source == "start" != target:
+        np.testing.assert_array_equal(device.download(state.start), bad)
     state.free()
 
 
@@ -196,9 +216,9 @@ def test_refine(device: Device, sdf: np.ndarray) -> None:
 @pytest.mark.parametrize("shift", [0, 3])
 def test_hull(device: Device, shift: int) -> None:
     color, normal = analytic.six_views(analytic.asymmetric(), 96)
+    normal[1] = np.roll(normal[1], shift, axis=0)  # views that disagree need a tolerance
     masks = (normal != 0).any(-1)
-    masks[1] = np.roll(masks[1], shift, axis=0)  # views that disagree need a tolerance
-    hull = DeviceHull(device, masks, 40)
+    hull = hull_on(device, normal)
     assert not hull.empty
     expected = hull_sdf(masks, 40)
     for resolution, values in ((40, expected), (20, resample(expected, 20))):
@@ -206,10 +226,63 @@ def test_hull(device: Device, shift: int) -> None:
         np.testing.assert_allclose(device.download(buffer), values * (0.5 * resolution), atol=1e-4)
         device.free([buffer])
     # A bar that only one pair of opposite views sees, and to the side of it one for each other.
-    bars = np.zeros_like(masks)
+    bars = np.zeros_like(normal)
     for view in range(6):
-        bars[view, 40:50, 5 + 30 * (view % 3) : 15 + 30 * (view % 3)] = True
-    assert (hull_sdf(bars, 40) < 0).any() != DeviceHull(device, bars, 40).empty
+        bars[view, 40:50, 5 + 30 * (view % 3) : 15 + 30 * (view % 3)] = (0, 1, 0)
+    assert (hull_sdf((bars != 0).any(-1), 40) < 0).any() != hull_on(device, bars).empty
+
+
+def hull_on(device: Device, normal: np.ndarray) -> DeviceHull:
+    images = images_on_device(device, np.ones_like(normal), normal)
+    return DeviceHull(device, images, outlines_on_device(device, images)[0], 40)
+
+
+def test_images_on_device(device: Device) -> None:
+    color, normal = analytic.six_views(analytic.asymmetric(), 40)
+    rng = np.random.default_rng(5)
+    given = (normal * rng.uniform(0.6, 1.4, (6, 40, 40, 1))).astype(np.float32)
+    given += np.where((normal == 0).all(-1, keepdims=True), rng.uniform(-0.2, 0.2, normal.shape), 0)
+    given = given.astype(np.float32)
+    images = images_on_device(device, color, given)
+    expected = check_views(color, given)
+    for buffer, wanted in zip((images.color, images.normal, images.mask), expected, strict=True):
+        np.testing.assert_allclose(device.download(buffer), wanted, atol=1e-6)
+    bad = color.copy()
+    bad[2, 3, 4, 1] = np.inf
+    for wrong in ((bad, normal), (color, np.where(bad < np.inf, normal, np.nan)), (color, normal * 0)):
+        with pytest.raises(FitError) as raised:
+            images_on_device(device, wrong[0], wrong[1].astype(np.float32))
+        with pytest.raises(FitError) as on_cpu:
+            check_views(*wrong)
+        assert str(raised.value) == str(on_cpu.value)
+    with pytest.raises(FitError, match="shape"):
+        images_on_device(device, color[:5], normal)
+
+
+def test_outlines_and_pixels_on_device(device: Device) -> None:
+    size = 56
+    color, normal = analytic.six_views(analytic.asymmetric(), size)
+    normal[1] = np.roll(normal[1], 25, axis=1)  # over the edge
+    normal[4] = 0  # a view that shows nothing
+    normal[5, 20, 30] = 0  # a hole
+    color, normal, masks = check_views(color, normal)
+    images = images_on_device(device, color, normal)
+    distance, near = outlines_on_device(device, images)
+    expected = np.stack([silhouette_distance(mask) for mask in masks])
+    np.testing.assert_allclose(device.download(distance), expected, atol=2e-5)
+    for found, wanted in zip(merged_on_device(device, distance), pair_distances(masks), strict=True):
+        np.testing.assert_allclose(device.download(found), wanted, atol=2e-5)
+
+    pixels = pixels_on_device(device, images, near)
+    chosen = select_pixels(color, normal, masks, 0)
+    assert pixels.count == len(chosen.mask) < 6 * size**2
+    found = np.concatenate(
+        [device.download(a).reshape(pixels.count, -1) for a in (*pixels.rays, *pixels.targets)], axis=1
+    )
+    assert (np.diff(found[:, 1]) >= 0).all()  # row after row, from the lowest
+    wanted = np.column_stack([chosen.origin, chosen.direction, chosen.color, chosen.normal, chosen.mask])
+    orders = [np.lexsort(rows[:, [0, 2, 3, 4, 1]].round(4).T) for rows in (found, wanted)]
+    np.testing.assert_allclose(found[orders[0]], wanted[orders[1]], atol=1e-6)
 
 
 def test_fit_on_a_device_is_the_fit_on_the_cpu(device: Device) -> None:
@@ -227,10 +300,24 @@ def test_fit_on_a_device_is_the_fit_on_the_cpu(device: Device) -> None:
         a, b, c = (getattr(field, name)[near] for field in (found[0], expected, other))
         assert np.abs(a - b).mean() < 1.2 * np.abs(b - c).mean(), name
     assert abs((found[0].sdf - expected.sdf)[near].mean()) < 0.01 * expected.voxel
-    surfaces = [extract_surface(field, 0.05).vertices for field in (found[0], expected)]
-    assert abs(surfaces[0].mean(axis=0) - surfaces[1].mean(axis=0)).max() < 0.003
+    surfaces = [cKDTree(extract_surface(field, 0.05).vertices) for field in (found[0], expected, other)]
+    off, usual = (
+        np.concatenate([a.query(b.data)[0], b.query(a.data)[0]]).mean()
+        for a, b in (surfaces[:2], surfaces[1:])
+    )
+    assert off < 1.2 * usual and off < 0.005  # world units; the object is 1.6 long
     with pytest.raises(FitError, match="--device cpu"):
         fit(color, normal, FitOptions(keep_rgb=0.8), device=device)
+
+
+def test_a_fit_of_one_stage(device: Device) -> None:
+    color, normal = analytic.six_views(analytic.sphere((0, 0, 0), 0.6), 64)
+    options = FitOptions(resolution=32, iterations=(12,), rays_per_iteration=2000)
+    found, expected = (fit(color, normal, options, device=where) for where in (device, None))
+    near = np.abs(expected.sdf) < expected.voxel
+    assert np.abs(found.sdf - expected.sdf)[near].mean() < 0.1 * expected.voxel
+    vertices = extract_surface(found, 0.05).vertices
+    assert np.linalg.norm(vertices, axis=1).mean() == pytest.approx(0.6, abs=0.02)
 
 
 def test_a_fit_frees_what_it_took(machine: Device) -> None:

@@ -10,6 +10,7 @@ from scipy.spatial import cKDTree
 from tests.runtime import analytic
 from tests.runtime.host_device import HostDevice
 from uc3d_rt.device import Device, Scope, uploaded
+from uc3d_rt.device_scan import running_sums
 from uc3d_rt.errors import BackendError, FitError
 from uc3d_rt.mesh.build import MeshOptions, build_mesh
 from uc3d_rt.mesh.device_extract import (
@@ -17,7 +18,6 @@ from uc3d_rt.mesh.device_extract import (
     extract_surface_on_device,
     largest_parts_on_device,
     marching_cubes_on_device,
-    running_sums,
 )
 from uc3d_rt.mesh.device_refine import (
     corners_around,
@@ -101,6 +101,11 @@ def chamfer(one: Surface, other: Surface) -> float:
 
 def euler(surface: Surface) -> int:
     return len(surface.vertices) - len(surface.faces) // 2
+
+
+def refined(device: Device, sdf: np.ndarray, normal: np.ndarray, min_share: float) -> Surface:
+    with Scope(device) as scope:
+        return surface_on_device(scope, uploaded(scope, sdf), normal, min_share)
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 8192, 20_000])
@@ -284,13 +289,13 @@ def test_other_threads_in_another_order_give_the_same_bytes(
     machine, blocks = orders
     found = []
     for machine.blocks in blocks:
-        surface = surface_on_device(machine, SHAPES[shape].astype(np.float32), rounded[1], 0.01)
+        surface = refined(machine, SHAPES[shape].astype(np.float32), rounded[1], 0.01)
         found.append(surface.vertices.tobytes() + surface.faces.tobytes())
     assert len(set(found)) == 1
 
 
 def test_a_gpu_gives_the_same_bytes_again(device: Device, rounded: tuple[np.ndarray, np.ndarray]) -> None:
-    surfaces = [surface_on_device(device, *rounded, 0.05) for _ in range(3)]
+    surfaces = [refined(device, *rounded, 0.05) for _ in range(3)]
     assert len({s.vertices.tobytes() + s.faces.tobytes() for s in surfaces}) == 1
     assert is_closed(surfaces[0].faces)
 
@@ -314,12 +319,12 @@ def test_memory_is_given_back(machine: Device, rounded: tuple[np.ndarray, np.nda
     sdf, normal = rounded
     stray = np.minimum(sdf, sphere_sdf((0, 0.8, 0), 0.08)).astype(np.float32)
     before = machine.live
-    surface_on_device(machine, stray, normal, 0.05)
+    refined(machine, stray, normal, 0.05)
     assert machine.live == before
     for memory in range(0, 40, 3):
         failing = Failing(machine, memory)
         try:
-            surface_on_device(failing, stray, normal, 0.05)
+            refined(failing, stray, normal, 0.05)
         except BackendError:
             assert memory < 36
         assert failing.live == 0
@@ -328,7 +333,7 @@ def test_memory_is_given_back(machine: Device, rounded: tuple[np.ndarray, np.nda
     for bad in (np.ones_like(sdf), speck):
         failing = Failing(machine, 1000)
         with pytest.raises(FitError):
-            surface_on_device(failing, bad.astype(np.float32), normal, 0.05)
+            refined(failing, bad.astype(np.float32), normal, 0.05)
         assert failing.live == 0
 
 

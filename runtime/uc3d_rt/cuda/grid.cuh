@@ -52,8 +52,16 @@ struct Progress {
     double log_inv_s, mean, square;  // inverse deviation of the density per node spacing, and Adam's moments
     float inv_s, band;               // of the iteration that runs
     int nodes;                       // near the surface
-    int pad;
+    int iteration;                   // of the stage, from 0
     Fixed d_inv_s;
+};
+
+// What sets one iteration of a stage apart from the others.
+struct Turn {
+    unsigned key;                // of its jitter
+    int first;                   // pixel of its rays
+    float correct_1, correct_2;  // of Adam's moments
+    float rate;                  // share of the learning rates
 };
 
 // Conjugate gradients, between their kernels.

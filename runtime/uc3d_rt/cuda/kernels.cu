@@ -1,4 +1,5 @@
 // All kernels, as one module.
+#include "silhouettes.cu"
 #include "render.cu"
 #include "optimize.cu"
 #include "redistance.cu"

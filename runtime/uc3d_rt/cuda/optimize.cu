@@ -71,21 +71,23 @@ KERNEL regularize(
 // One step of Adam on `channels` values a node; takes the gradient in and clears it.
 KERNEL adam_step(
     float* values, Fixed* gradient, const float* more, float* mean, float* square, const int* nodes, int channels,
-    const Progress* progress, float correct_1, float correct_2, float learning_rate, float epsilon
+    const Progress* progress, const Turn* turns, float learning_rate, float epsilon
 ) {
+    const Turn turn = turns[progress->iteration];
     for (int k = thread_index(); k < progress->nodes * channels; k += thread_count()) {
         const int n = nodes[k / channels] * channels + k % channels;
         const float g = from_fixed(gradient[n]) + (more ? more[k] : 0.0f);
         gradient[n] = 0;
         const float m = mean[n] = BETA_1 * mean[n] + (1.0f - BETA_1) * g;
         const float v = square[n] = BETA_2 * square[n] + (1.0f - BETA_2) * g * g;
-        values[n] -= learning_rate * m * correct_1 / (sqrtf(v * correct_2) + epsilon);
+        values[n] -= learning_rate * turn.rate * m * turn.correct_1 / (sqrtf(v * turn.correct_2) + epsilon);
     }
 }
 
-// The step of the density's inverse deviation; `step` counts from 1.  One thread.
-KERNEL adapt_density(Progress* p, int step, double low, double high) {
+// The step of the density's inverse deviation, which ends an iteration.  One thread.
+KERNEL adapt_density(Progress* p, double low, double high) {
     if (thread_index()) return;
+    const int step = ++p->iteration;
     const double g = (double)p->d_inv_s / (double)FIXED_ONE * exp(p->log_inv_s) / max(p->nodes, 1);
     p->d_inv_s = 0;
     p->mean = 0.9 * p->mean + 0.1 * g;

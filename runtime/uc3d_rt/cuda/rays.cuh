@@ -3,6 +3,23 @@
 
 #include "grid.cuh"
 
+// The eight corners of a cell are eight threads' work: those of a ray stay together, and its number is that of
+// the first of them over their count.  As plain C++ one thread does all eight.
+#ifdef __CUDACC__
+#define RAY_LANES 8
+DEVICE int ray_lane() { return threadIdx.x & (RAY_LANES - 1); }
+DEVICE float over_lanes(float value) {  // the sum, the same bits in each
+    const unsigned own = 0xffu << (threadIdx.x & 24);
+    for (int away = RAY_LANES / 2; away > 0; away /= 2) value += __shfl_xor_sync(own, value, away);
+    return value;
+}
+#else
+#define RAY_LANES 1
+DEVICE int ray_lane() { return 0; }
+DEVICE float over_lanes(float value) { return value; }
+#endif
+#define CORNERS_OF_LANE(corner) for (int corner = ray_lane(); corner < 8; corner += RAY_LANES)
+
 struct Ray {
     int j;     // it runs between the node layers j and j + 1
     float wy;  // weight of layer j + 1
@@ -74,4 +91,16 @@ DEVICE float corner_weight(const Ray& ray, const Cell& c, int corner, float slop
 
 DEVICE int corner_node(const Cell& c, int r, int corner) {
     return c.low + (corner & 4 ? r * r : 0) + (corner & 2 ? r : 0) + (corner & 1);
+}
+
+// Twin of `distance_at` for all lanes of a ray together.
+DEVICE float distance_over_lanes(const float* HOT sdf, const Ray& ray, int r, const Cell& c) {
+    float sum = 0.0f;
+    CORNERS_OF_LANE(corner) {
+        const float by = corner & 4 ? ray.wy : 1 - ray.wy;
+        const float bz = corner & 2 ? c.wz : 1 - c.wz;
+        const float bx = corner & 1 ? c.wx : 1 - c.wx;
+        sum += by * bz * bx * sdf[corner_node(c, r, corner)];
+    }
+    return over_lanes(sum);
 }

@@ -82,3 +82,11 @@ KERNEL refine(
         for (int c = 0; c < 3; ++c) color[3 * n + c] = rgb[c];
     }
 }
+
+// Makes of node spacings world units, and takes colours to [0, 1]: what a `Field` holds.
+KERNEL to_world(float* sdf, float* color, int r) {
+    for (int n = thread_index(); n < r * r * r; n += thread_count()) {
+        sdf[n] *= 2.0f / r;
+        for (int c = 0; c < 3; ++c) color[3 * n + c] = clampf(color[3 * n + c], 0.0f, 1.0f);
+    }
+}

@@ -1,7 +1,8 @@
 // NeuS rendering, its gradient, and the losses of a ray: twins of ../neus/render.py, ../neus/losses.py.
 //
-// A ray is one thread.  Nothing is stored along it: the gradient goes front to back a second time, and
-// takes what lies behind a segment as the whole sum, which the first pass knows, less what came before.
+// A ray is eight threads (RAY_LANES), one a corner of its cells.  Nothing is stored along it: the gradient goes
+// front to back a second time, and takes what lies behind a segment as the whole sum, which the first pass
+// knows, less what came before.
 #include "rays.cuh"
 
 #define MAX_SAMPLES 256
@@ -33,7 +34,7 @@ DEVICE Marcher marcher_of(const Ray& ray, float step) {
 DEVICE bool next_sample(const float* HOT sdf, int r, const Ray& ray, const March& how, Marcher& m, Sample& s) {
     while (m.k <= m.count) {
         s.cell = cell_at(ray, r, (m.k + ray.offset) * how.step);
-        s.f = distance_at(sdf, ray, r, s.cell);
+        s.f = distance_over_lanes(sdf, ray, r, s.cell);
         if (s.f > how.band) {
             m.k += max(1, (int)((s.f - how.band) * 0.8f / how.step));
             continue;
@@ -75,7 +76,7 @@ DEVICE void render_ray(
         w_before = w;
         sum[6] += w;
         if (share > 0.0f) {
-            for (int corner = 0; corner < 8; ++corner) {
+            CORNERS_OF_LANE(corner) {
                 float slope[3];
                 const float weight = share * corner_weight(ray, a.cell, corner, slope);
                 const int node = corner_node(a.cell, r, corner);
@@ -88,6 +89,7 @@ DEVICE void render_ray(
         }
         a = b;
     }
+    for (int c = 0; c < 6; ++c) sum[c] = over_lanes(sum[c]);
 }
 
 // Gradient of one ray's loss: `d_out` (7) as of `out`, `sum` as of `render_ray`.  Returns that of inv_s.
@@ -106,14 +108,15 @@ DEVICE float render_ray_backward(
     while (true) {
         float w = 0.0f, d_a = 0.0f, d_b = 0.0f;
         if (more) {
-            v_b = g_o;
-            for (int corner = 0; corner < 8; ++corner) {
+            float v = 0.0f;
+            CORNERS_OF_LANE(corner) {
                 float slope[3];
                 const float weight = corner_weight(ray, b.cell, corner, slope);
                 const int node = corner_node(b.cell, r, corner);
-                v_b += (d_out[3] * slope[0] + d_out[4] * slope[1] + d_out[5] * slope[2]) * sdf[node];
-                for (int c = 0; c < 3; ++c) v_b += weight * d_out[c] * color[3 * node + c];
+                v += (d_out[3] * slope[0] + d_out[4] * slope[1] + d_out[5] * slope[2]) * sdf[node];
+                for (int c = 0; c < 3; ++c) v += weight * d_out[c] * color[3 * node + c];
             }
+            v_b = g_o + over_lanes(v);
             const float alpha = first ? -1.0f : alpha_of(a, b);
             if (alpha > 0.0f) {
                 w = light * alpha;
@@ -130,7 +133,7 @@ DEVICE float render_ray_backward(
             const float share = 0.5f * (w_before + w);
             d_f += d_a;
             if (share > 0.0f || d_f != 0.0f) {
-                for (int corner = 0; corner < 8; ++corner) {
+                CORNERS_OF_LANE(corner) {
                     float slope[3];
                     const float weight = corner_weight(ray, a.cell, corner, slope);
                     const int node = corner_node(a.cell, r, corner);
@@ -164,11 +167,11 @@ KERNEL render_rays(
     int rays, float inv_s, float step, float band, float cutoff, float* out
 ) {
     const March how = {inv_s, step, band, cutoff};
-    for (int n = thread_index(); n < rays; n += thread_count()) {
+    for (int n = thread_index() / RAY_LANES; n < rays; n += thread_count() / RAY_LANES) {
         Ray ray;
         float sum[7] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
         if (trace_ray(origin + 3 * n, direction + 2 * n, r, offset[n], ray)) render_ray(sdf, color, r, ray, how, sum);
-        over_white(sum, out + 7 * n);
+        if (!ray_lane()) over_white(sum, out + 7 * n);
     }
 }
 
@@ -178,12 +181,13 @@ KERNEL render_rays_backward(
     Fixed* d_inv_s
 ) {
     const March how = {inv_s, step, band, cutoff};
-    for (int n = thread_index(); n < rays; n += thread_count()) {
+    for (int n = thread_index() / RAY_LANES; n < rays; n += thread_count() / RAY_LANES) {
         Ray ray;
         float sum[7];
         if (!trace_ray(origin + 3 * n, direction + 2 * n, r, offset[n], ray)) continue;
         render_ray(sdf, color, r, ray, how, sum);
-        add_fixed(d_inv_s, render_ray_backward(sdf, color, r, ray, how, sum, d_out + 7 * n, d_sdf, d_color));
+        const float found = render_ray_backward(sdf, color, r, ray, how, sum, d_out + 7 * n, d_sdf, d_color);
+        if (!ray_lane()) add_fixed(d_inv_s, found);
     }
 }
 
@@ -217,25 +221,26 @@ DEVICE unsigned hashed(unsigned x) {  // "lowbias32" of C. Wellons: every bit of
 
 DEVICE float jitter(unsigned key, unsigned n) { return (hashed(key ^ hashed(n)) >> 8) * (1.0f / 16777216.0f); }
 
-// One iteration's rays: every `stride`-th pixel from `start` on, rendered, compared, and differentiated.
+// One iteration's rays: every `stride`-th pixel, rendered, compared, and differentiated.
 KERNEL fit_rays(
     const float* sdf, const float* color, int r, const float* origin, const float* direction,
-    const float* target_color, const float* target_normal, const float* target_mask, int pixels, int start,
-    int stride, unsigned key, float step, float cutoff, float w_rgb, float w_normal, float w_mask, float scale,
+    const float* target_color, const float* target_normal, const float* target_mask, int pixels, int stride,
+    float step, float cutoff, float w_rgb, float w_normal, float w_mask, float scale, const Turn* turns,
     Fixed* d_sdf, Fixed* d_color, Progress* progress
 ) {
     const March how = {progress->inv_s, step, progress->band, cutoff};
-    for (int n = start + stride * thread_index(); n < pixels; n += stride * thread_count()) {
+    const Turn turn = turns[progress->iteration];
+    const int first = turn.first + stride * (thread_index() / RAY_LANES);
+    for (int n = first; n < pixels; n += stride * (thread_count() / RAY_LANES)) {
         Ray ray;
-        if (!trace_ray(origin + 3 * n, direction + 2 * n, r, jitter(key, n), ray)) continue;
+        if (!trace_ray(origin + 3 * n, direction + 2 * n, r, jitter(turn.key, n), ray)) continue;
         float sum[7], out[7], d_out[7];
         render_ray(sdf, color, r, ray, how, sum);
         over_white(sum, out);
         ray_gradient(
             out, target_color + 3 * n, target_normal + 3 * n, target_mask[n], w_rgb, w_normal, w_mask, scale, d_out
         );
-        add_fixed(
-            &progress->d_inv_s, render_ray_backward(sdf, color, r, ray, how, sum, d_out, d_sdf, d_color)
-        );
+        const float d_inv_s = render_ray_backward(sdf, color, r, ray, how, sum, d_out, d_sdf, d_color);
+        if (!ray_lane()) add_fixed(&progress->d_inv_s, d_inv_s);
     }
 }

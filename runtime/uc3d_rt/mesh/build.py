@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.device import Device
+from uc3d_rt.device import Device, Scope, uploaded
 from uc3d_rt.mesh.surface import FloatArray, Surface, crease_normals, largest_parts, vertex_normals
-from uc3d_rt.neus.field import Field, resample
+from uc3d_rt.neus.field import DeviceField, Field, resample
 
 if TYPE_CHECKING:
     import trimesh
@@ -51,7 +51,7 @@ class MeshOptions:
 
 
 def build_mesh(
-    field: Field,
+    field: Field | DeviceField,
     color: FloatArray,
     normal: FloatArray,
     options: MeshOptions | None = None,
@@ -65,7 +65,7 @@ def build_mesh(
     (`mesh.merge_vertices(merge_tex=True, merge_norm=True)`) before it asks whether the mesh is closed.
 
     Args:
-        field: from `uc3d_rt.neus.fit.fit`.
+        field: from `uc3d_rt.neus.fit.fit`, or of `device`.
         color: (6, H, H, 3) in [0, 1], the target views.
         normal: (6, H, H, 3) unit world normals, zero = background.
         options: settings; None = `MeshOptions()`.
@@ -95,7 +95,7 @@ def build_mesh(
 
 
 def _simple_surface(
-    field: Field,
+    field: Field | DeviceField,
     normal: FloatArray,
     options: MeshOptions,
     extracted: Callable[[], None],
@@ -109,22 +109,33 @@ def _simple_surface(
     from uc3d_rt.mesh.simplify import simplify_surface
 
     while True:
-        if device is None:
-            from uc3d_rt.mesh.extract import extract_surface
-            from uc3d_rt.mesh.refine import refine_surface
-
-            surface = refine_surface(extract_surface(field, options.min_share), normal)
-        else:
-            from uc3d_rt.mesh.device_refine import surface_on_device
-
-            surface = surface_on_device(device, field.sdf, normal, options.min_share)
+        surface = _refined_surface(field, normal, options.min_share, device)
         extracted()
         surface = simplify_surface(surface, options.faces)
         surface = largest_parts(surface, options.min_share)  # decimation can cut a thin bridge
-        coarse = field.resolution // 2
+        coarse = field.sdf.shape[0] // 2
         if not options.faces or len(surface.faces) <= MOST_EXCESS * options.faces or coarse < 32:
             return surface
+        if isinstance(field, DeviceField):
+            field = field.download()
         field = Field(resample(field.sdf, coarse), resample(field.color, coarse))
+
+
+def _refined_surface(
+    field: Field | DeviceField, normal: FloatArray, min_share: float, device: Device | None
+) -> Surface:
+    """The field's surface, turned to the normal maps."""
+    if device is None:
+        from uc3d_rt.mesh.extract import extract_surface
+        from uc3d_rt.mesh.refine import refine_surface
+
+        host = field.download() if isinstance(field, DeviceField) else field
+        return refine_surface(extract_surface(host, min_share), normal)
+    from uc3d_rt.mesh.device_refine import surface_on_device
+
+    with Scope(device) as scope:
+        sdf = field.sdf if isinstance(field, DeviceField) else uploaded(scope, field.sdf)
+        return surface_on_device(scope, sdf, normal, min_share)
 
 
 def _vertex_colored(

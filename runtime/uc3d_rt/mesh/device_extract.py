@@ -11,14 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from uc3d_rt.device import Buffer, Device, Scope, cleared
+from uc3d_rt.device_scan import running_sums
 from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.extract import NO_VOLUME, NOT_CLOSED, SMALLEST_VALUE
 
 NODES_A_WORD = 32
 """Along x: `cuda/surface.cu`."""
-
-RUN, SCAN_LANES = 64, 128
-"""Counts that one thread adds up, and threads for all such sums: `cuda/scan.cu`."""
 
 VOLUME_RUN = 32
 """Faces whose volume one thread adds up: `cuda/parts.cu`."""
@@ -107,19 +105,6 @@ def largest_parts_on_device(scope: Device, surface: DeviceSurface, min_share: fl
         )  # fmt: skip
     scope.free(given)
     return kept
-
-
-def running_sums(scope: Device, counts: Buffer) -> list[int]:
-    """Make of every count (lists, N) the sum of those before it in its list; the sums of whole lists."""
-    lists, count = counts.shape
-    runs = -(-count // RUN)
-    with Scope(scope) as scratch:
-        sums, totals = scratch.empty((lists, runs), np.int32), scratch.empty((lists,), np.int32)
-        shape = np.int32(count), np.int32(lists), np.int32(runs)
-        scope.launch("sum_runs", lists * runs, counts, *shape, sums)
-        scope.launch("scan_runs", lists * SCAN_LANES, sums, *shape[1:], totals)
-        scope.launch("spread_runs", lists * runs, sums, *shape, counts)
-        return [int(total) for total in scope.download(totals)]
 
 
 def _empty(scope: Device, vertices: int, faces: int) -> DeviceSurface:

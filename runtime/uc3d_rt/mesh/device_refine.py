@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uc3d_rt.device import Buffer, Device, Scope, cleared, uploaded
-from uc3d_rt.mesh.device_extract import DeviceSurface, extract_surface_on_device, running_sums
+from uc3d_rt.device_scan import running_sums
+from uc3d_rt.mesh.device_extract import DeviceSurface, extract_surface_on_device
 from uc3d_rt.mesh.device_raster import draw_winners
 from uc3d_rt.mesh.projection import DEPTH_SLACK_PX
 from uc3d_rt.mesh.refine import (
@@ -32,12 +33,12 @@ GROUP = 128
 """Vertices that a block takes at once: `cuda/refine.cu`."""
 
 
-def surface_on_device(device: Device, sdf: FloatArray, normal: FloatArray, min_share: float) -> Surface:
+def surface_on_device(device: Device, sdf: Buffer, normal: FloatArray, min_share: float) -> Surface:
     """The refined surface of a field; twin of `refine_surface` of what `extract_surface` gives.
 
     Args:
         device: where.
-        sdf: (R, R, R) of a `Field`.
+        sdf: (R, R, R) of a `DeviceField`.
         normal: (6, H, H, 3) unit world normals of the target views, zero = background.
         min_share: parts with less than this share of the largest part's volume are dropped.
 
@@ -46,7 +47,7 @@ def surface_on_device(device: Device, sdf: FloatArray, normal: FloatArray, min_s
         BackendError: the device failed, for example for want of memory.
     """
     with Scope(device) as scope:
-        surface = extract_surface_on_device(scope, uploaded(scope, sdf), min_share)
+        surface = extract_surface_on_device(scope, sdf, min_share)
         vertices = refine_surface_on_device(scope, surface, normal)
         return Surface(scope.download(vertices), scope.download(surface.faces))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from uc3d_rt.device import Buffer, Device, Scope, uploaded
 from uc3d_rt.neus.shared import (
@@ -27,9 +26,8 @@ from uc3d_rt.neus.shared import (
 from uc3d_rt.views import TARGET_CAMERAS, camera_axes
 
 if TYPE_CHECKING:
-    from uc3d_rt.neus.device_fit import DevicePixels, DeviceState
-
-FloatArray = NDArray[np.float32]
+    from uc3d_rt.neus.device_fit import DeviceState
+    from uc3d_rt.neus.device_views import DeviceImages, DevicePixels
 
 SOLVER = np.dtype(
     [("rho", "f8"), ("alpha", "f8"), ("beta", "f8"), ("enough", "f8"), ("done", "i4"), ("uncovered", "i4")]
@@ -49,8 +47,7 @@ def carve(state: DeviceState, pixels: DevicePixels, size_px: int, steps: int) ->
         size_px: side of the views.
         steps: how often to look up and solve.
     """
-    state.restore_distance(state.start)
-    state.start, state.sdf = state.sdf, state.start
+    state.restore_distance(state.start, target=state.start)
     state.restore_distance(state.start)  # the same again: frozen nodes keep their values
     with Scope(state.device) as scope:
         carving = DeviceCarving(scope, pixels, state.resolution, size_px)
@@ -152,18 +149,16 @@ class DeviceCarving:
         )  # fmt: skip
 
 
-def initial_colors(state: DeviceState, color: FloatArray, masks: NDArray[np.bool_]) -> None:
-    """Fill a state's colours; twin of `fit.initial_colors`.
+def initial_colors(state: DeviceState, images: DeviceImages) -> None:
+    """Fill a state's colours from the views; twin of `fit.initial_colors`.
 
     Args:
         state: whose `sdf` is filled.
-        color: (6, H, H, 3) of the views.
-        masks: (6, H, H) silhouettes.
+        images: the views.
     """
     axes = np.stack([np.stack(camera_axes(camera)) for camera in TARGET_CAMERAS])
     with Scope(state.device) as scope:
-        given = [uploaded(scope, array) for array in (color, masks.view(np.uint8))]
         scope.launch(
             "initial_colors", state.count, state.sdf, np.int32(state.resolution), uploaded(scope, axes),
-            np.int32(len(axes)), *given, np.int32(masks.shape[-1]), state.color,
+            np.int32(len(axes)), images.color, images.mask, np.int32(images.size_px), state.color,
         )  # fmt: skip

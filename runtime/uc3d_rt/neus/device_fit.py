@@ -1,8 +1,9 @@
-"""The fit on a device: the hull, its carving (`device_carve.py`) and the loop of `fit.py`, with `cuda/`.
+"""The fit on a device: `device_views.py`, the hull, `device_carve.py` and the loop of `fit.py`, with `cuda/`.
 
-The host chooses the pixels and takes the distances to the outlines; all else is computed on the device.
-Once the hull's tolerance is known nothing leaves it until the field is there.  Sums over rays are taken in
-fixed point, so the same input gives the same bytes.
+All is computed on the device; what the host learns on the way are the number of pixels that show the object
+and how well the hull covers the silhouettes.  An iteration is captured once a stage and replayed: what sets
+it apart from the others stands in a table on the device.  Sums over rays are taken in fixed point, so the
+same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -17,23 +18,39 @@ from numpy.typing import NDArray
 from uc3d_rt.device import Buffer, Device, Scope, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.neus.device_carve import carve, initial_colors
-from uc3d_rt.neus.hull import pair_distances, tolerant
+from uc3d_rt.neus.device_views import (
+    DeviceImages,
+    DevicePixels,
+    images_on_device,
+    merged_on_device,
+    outlines_on_device,
+    pixels_on_device,
+)
+from uc3d_rt.neus.field import DeviceField
+from uc3d_rt.neus.hull import tolerant
 from uc3d_rt.neus.shared import BETA_1, BETA_2, MARGIN
 from uc3d_rt.views import TARGET_CAMERAS, camera_axes
 
 if TYPE_CHECKING:
     from uc3d_rt.neus.fit import FitOptions
-    from uc3d_rt.neus.rays import Pixels
 
 FloatArray = NDArray[np.float32]
 
 PROGRESS = np.dtype(
     [
         ("log_inv_s", "f8"), ("mean", "f8"), ("square", "f8"), ("inv_s", "f4"), ("band", "f4"),
-        ("nodes", "i4"), ("pad", "i4"), ("d_inv_s", "i8"),
+        ("nodes", "i4"), ("iteration", "i4"), ("d_inv_s", "i8"),
     ]
 )  # fmt: skip
 """`Progress` of `cuda/grid.cuh`."""
+
+TURN = np.dtype(
+    [("key", "u4"), ("first", "i4"), ("correct_1", "f4"), ("correct_2", "f4"), ("rate", "f4")]
+)  # fmt: skip
+"""`Turn` of `cuda/grid.cuh`: what sets one iteration of a stage apart."""
+
+RAY_LANES = 8
+"""Threads of a ray: `cuda/rays.cuh`."""
 
 RELAXATIONS = 20
 """Rounds after which distances within `MARGIN` nodes no longer change, one node a round and some more."""
@@ -42,13 +59,14 @@ RELAXATIONS = 20
 class DeviceState:
     """The arrays of one stage, in node spacings, on a device."""
 
-    def __init__(self, device: Device, start: Buffer, inv_s: float) -> None:
-        """Take over the hull's distance (R, R, R); the field itself is not filled."""
+    def __init__(self, device: Device, start: Buffer, inv_s: float, field: DeviceField | None = None) -> None:
+        """Take over the hull's distance (R, R, R), and the memory of a field; that is not filled."""
         r = start.shape[0]
         self.device, self.resolution = device, r
         self.start = start
-        self.sdf, self.spare = (device.empty((r, r, r), np.float32) for _ in range(2))
-        self.color = device.empty((r, r, r, 3), np.float32)
+        self.sdf = device.empty((r, r, r), np.float32) if field is None else field.sdf
+        self.color = device.empty((r, r, r, 3), np.float32) if field is None else field.color
+        self.spare = device.empty((r, r, r), np.float32)
         self.frozen = device.empty((r, r, r), np.uint8)
         self.d_sdf, self.d_color = (cleared(device, (r, r, r, c), np.int64) for c in (1, 3))
         self.moments = [cleared(device, (r, r, r, c), np.float32) for c in (1, 1, 3, 3)]
@@ -73,21 +91,23 @@ class DeviceState:
             ]
         )  # fmt: skip
 
-    def restore_distance(self, source: Buffer | None = None) -> None:
+    def restore_distance(self, source: Buffer | None = None, target: Buffer | None = None) -> None:
         """Twin of `redistance.restore_distance`: the distance to a field's surface, up to `MARGIN` nodes.
 
         Args:
-            source: the field, `spare` or memory that is left as it is; None = `sdf` itself.
+            source: the field; None = `sdf`.
+            target: where the distance goes, it may be the source; not `spare`; None = `sdf`.
         """
-        r, launch = np.int32(self.resolution), self.device.launch
-        if source is None:
-            self.sdf, self.spare = self.spare, self.sdf
-            source = self.spare
-        launch("freeze", self.count, source, r, np.float32(MARGIN), self.sdf, self.frozen)
-        there, back = ((self.sdf, self.spare), (self.spare, self.sdf))
-        self.device.repeat(
-            [("relax", self.count, (a, self.frozen, r, b)) for a, b in (there, back)], RELAXATIONS // 2
+        r, spare = np.int32(self.resolution), self.spare
+        source, target = (self.sdf if buffer is None else buffer for buffer in (source, target))
+        first, second = (target, spare) if source is spare else (spare, target)
+        self.device.launch("freeze", self.count, source, r, np.float32(MARGIN), first, self.frozen)
+        there, back = (
+            ("relax", self.count, (a, self.frozen, r, b)) for a, b in ((first, second), (second, first))
         )
+        self.device.repeat([there, back], RELAXATIONS // 2)
+        if second is target:
+            self.device.repeat([there], 1)
 
     def keep_in_hull(self, slack: float) -> None:
         """Twin of `np.maximum(sdf, start - slack)`."""
@@ -107,8 +127,8 @@ class DeviceState:
             self.smooth,
         )  # fmt: skip
 
-    def step(self, options: FitOptions, step: int, rate: float) -> None:
-        """One step down the gradient that the rays have left; `step` counts from 1."""
+    def step(self, options: FitOptions, turns: Buffer) -> None:
+        """One step down the gradient that the rays have left, as the turn (of `turns_of`) has it."""
         device, r = self.device, np.int32(self.resolution)
         threads = self.count // 8  # the host does not know how many nodes there are; a thread takes several
         device.launch("bend", threads, self.sdf, r, self.nodes, self.smooth, self.progress, self.laplacian)
@@ -116,46 +136,25 @@ class DeviceState:
             "regularize", threads, self.sdf, r, self.nodes, self.laplacian, np.float32(options.w_eikonal),
             self.progress, self.regular,
         )  # fmt: skip
-        self._adam(
-            (self.sdf, self.d_sdf, self.regular, *self.moments[:2]),
-            1,
-            step,
-            options.learning_rate * rate,
-            0.02,
-        )
-        self._adam(
-            (self.color, self.d_color, None, *self.moments[2:]),
-            3,
-            step,
-            options.learning_rate_color * rate,
-            0.01,
-        )
+        own: tuple[Buffer | None, ...] = self.sdf, self.d_sdf, self.regular, *self.moments[:2]
+        self._adam(own, 1, turns, options.learning_rate, 0.02)
+        own = self.color, self.d_color, None, *self.moments[2:]
+        self._adam(own, 3, turns, options.learning_rate_color, 0.01)
         low, high = options.inv_s_range
-        device.launch("adapt_density", 1, self.progress, np.int32(step), np.float64(low), np.float64(high))
+        device.launch("adapt_density", 1, self.progress, np.float64(low), np.float64(high))
 
     def _adam(
         self,
         arrays: tuple[Buffer | None, ...],
         channels: int,
-        step: int,
+        turns: Buffer,
         learning_rate: float,
         epsilon: float,
     ) -> None:
         self.device.launch(
             "adam_step", self.count // 8 * channels, *arrays, self.nodes, np.int32(channels), self.progress,
-            np.float32(1.0 / (1.0 - BETA_1**step)), np.float32(1.0 / (1.0 - BETA_2**step)),
-            np.float32(learning_rate), np.float32(epsilon),
+            turns, np.float32(learning_rate), np.float32(epsilon),
         )  # fmt: skip
-
-
-class DevicePixels:
-    """What `select_pixels` chose, on a device."""
-
-    def __init__(self, device: Device, pixels: Pixels) -> None:
-        self.count = len(pixels.mask)
-        self.rays = [uploaded(device, array) for array in (pixels.origin, pixels.direction)]
-        self.targets = [uploaded(device, array) for array in (pixels.color, pixels.normal, pixels.mask)]
-        _, self.normal, self.mask = self.targets
 
 
 def ray_key(seed: int, stage: int, iteration: int) -> np.uint32:
@@ -163,14 +162,31 @@ def ray_key(seed: int, stage: int, iteration: int) -> np.uint32:
     return np.uint32(np.random.SeedSequence([seed, stage, iteration]).generate_state(1, np.uint32)[0])
 
 
+def turns_of(options: FitOptions, stage: int, count: int, stride: int) -> NDArray[np.void]:
+    """The turns (count,) of a stage, `TURN`.
+
+    Args:
+        options: of the fit.
+        stage: for the random numbers.
+        count: iterations.
+        stride: every how many-th pixel an iteration takes.
+    """
+    turns = np.zeros(count, TURN)
+    turns["key"] = [ray_key(options.seed, stage, iteration) for iteration in range(count)]
+    turns["first"] = turns["key"] % np.uint32(stride)
+    step = np.arange(1, count + 1)
+    turns["correct_1"], turns["correct_2"] = 1.0 / (1.0 - BETA_1**step), 1.0 / (1.0 - BETA_2**step)
+    turns["rate"] = options.final_rate ** ((step - 1) / max(count - 1, 1))
+    return turns
+
+
+def stride_of(pixels: DevicePixels, options: FitOptions, resolution: int) -> int:
+    """Every how many-th pixel an iteration takes; a coarse grid needs fewer."""
+    return max(1, round(pixels.count / (options.rays_per_iteration * resolution // options.resolution)))
+
+
 def iterate(
-    state: DeviceState,
-    pixels: DevicePixels,
-    size_px: int,
-    options: FitOptions,
-    stage: int,
-    iteration: int,
-    progress: float,
+    state: DeviceState, pixels: DevicePixels, size_px: int, options: FitOptions, turns: Buffer, stride: int
 ) -> None:
     """One iteration, queued; twin of `fit._iterate`.
 
@@ -179,35 +195,62 @@ def iterate(
         pixels: of all views.
         size_px: side of the views.
         options: of the fit.
-        stage: for the random numbers.
-        iteration: of the stage, from 0.
-        progress: through the stage, 0 to 1.
+        turns: as of `turns_of`; the device counts them.
+        stride: as of `stride_of`.
     """
-    from uc3d_rt.neus.fit import HULL_SLACK, NODES_EVERY, REDISTANCE_EVERY
-
-    if iteration % REDISTANCE_EVERY == 0 and iteration > 0:
-        state.restore_distance()
-    if iteration % NODES_EVERY == 0:
-        state.keep_in_hull(HULL_SLACK)
-        state.near_nodes(options)
-    resolution = state.resolution
-    wanted = options.rays_per_iteration * resolution // options.resolution
-    stride = max(1, round(pixels.count / wanted))
-    key = ray_key(options.seed, stage, iteration)
-    scale = (resolution / size_px) ** 2 * stride  # as if one ray crossed each node's square
+    scale = (state.resolution / size_px) ** 2 * stride  # as if one ray crossed each node's square
     weights = (options.w_rgb, options.w_normal, options.w_mask, scale)
     state.device.launch(
-        "fit_rays", -(-pixels.count // stride), state.sdf, state.color, np.int32(resolution), *pixels.rays,
-        *pixels.targets, np.int32(pixels.count), np.int32(int(key) % stride), np.int32(stride), key,
-        np.float32(options.sample_step), np.float32(1e-3), *(np.float32(w) for w in weights),
+        "fit_rays", RAY_LANES * -(-pixels.count // stride), state.sdf, state.color,
+        np.int32(state.resolution), *pixels.rays, *pixels.targets, np.int32(pixels.count), np.int32(stride),
+        np.float32(options.sample_step), np.float32(1e-3), *(np.float32(w) for w in weights), turns,
         state.d_sdf, state.d_color, state.progress,
     )  # fmt: skip
-    state.step(options, iteration + 1, options.final_rate**progress)
+    state.step(options, turns)
 
 
-def refined(device: Device, coarse: DeviceState, start: Buffer, inv_s: float) -> DeviceState:
+def run_stage(
+    state: DeviceState,
+    pixels: DevicePixels,
+    size_px: int,
+    options: FitOptions,
+    stage: int,
+    count: int,
+    tick: Callable[[], None],
+) -> None:
+    """All iterations of a stage, captured once and replayed; `tick` is called after each is queued."""
+    from uc3d_rt.neus.fit import HULL_SLACK, NODES_EVERY, REDISTANCE_EVERY
+
+    def look_around() -> None:
+        state.keep_in_hull(HULL_SLACK)
+        state.near_nodes(options)
+
+    state.restore_distance()
+    stride = stride_of(pixels, options, state.resolution)
+    with Scope(state.device) as scope:
+        turns = uploaded(scope, turns_of(options, stage, count, stride).view(np.uint8))
+        restore, look, turn = (
+            scope.capture(work)
+            for work in (
+                state.restore_distance,
+                look_around,
+                lambda: iterate(state, pixels, size_px, options, turns, stride),
+            )
+        )
+        for iteration in range(count):
+            if iteration % REDISTANCE_EVERY == 0 and iteration > 0:
+                scope.replay(restore)
+            if iteration % NODES_EVERY == 0:
+                scope.replay(look)
+            scope.replay(turn)
+            tick()
+
+
+def refined(
+    device: Device, coarse: DeviceState, start: Buffer, inv_s: float, field: DeviceField | None = None
+) -> DeviceState:
     """The next stage's arrays, its field taken over from the stage before; that is freed."""
-    fine = DeviceState(device, start, inv_s)
+    fine = DeviceState(device, start, inv_s, field)
     device.launch(
         "refine", fine.count, coarse.sdf, coarse.start, coarse.color, np.int32(coarse.resolution),
         fine.start, np.int32(fine.resolution), fine.sdf, fine.color,
@@ -219,16 +262,23 @@ def refined(device: Device, coarse: DeviceState, start: Buffer, inv_s: float) ->
 class DeviceHull:
     """The visual hull of six silhouettes on a device; twin of `hull.hull_sdf`."""
 
-    def __init__(self, device: Device, masks: NDArray[np.bool_], resolution: int) -> None:
-        """Find the least tolerance that covers the silhouettes (6, H, H) on a grid of `resolution` nodes."""
-        self.device, self.resolution, self.size = device, resolution, masks.shape[-1]
+    def __init__(self, device: Device, images: DeviceImages, distance: Buffer, resolution: int) -> None:
+        """Find the least tolerance that covers the silhouettes.
+
+        Args:
+            device: where.
+            images: the views.
+            distance: (6, H, H) to the outlines, as of `outlines_on_device`.
+            resolution: nodes an axis.
+        """
+        self.device, self.resolution, self.size = device, resolution, images.size_px
         rights = np.array([camera_axes(camera)[0][[0, 2]] for camera in TARGET_CAMERAS], np.float32)
         self._right = uploaded(device, rights)
         self._hull = device.empty((resolution,) * 3, np.float32)
         self._seen = device.empty((len(rights), resolution, self.size), np.uint8)
         _, self._tolerance_px = tolerant(
-            pair_distances(masks),
-            masks,
+            merged_on_device(device, distance),
+            device.download(images.mask).astype(bool),
             resolution,
             self._intersection,
             lambda _, slack: self._printed(slack),
@@ -248,13 +298,11 @@ class DeviceHull:
         )  # fmt: skip
         return out
 
-    def _intersection(self, distances: FloatArray) -> Buffer:
-        given = uploaded(self.device, distances)
+    def _intersection(self, distances: Buffer) -> Buffer:
         self.device.launch(
-            "intersect", self.resolution**3, given, self._right, np.int32(self.size),
+            "intersect", self.resolution**3, distances, self._right, np.int32(self.size),
             np.int32(self.resolution), self._hull,
         )  # fmt: skip
-        self.device.free([given])
         return self._hull
 
     def _printed(self, slack_px: float) -> NDArray[np.bool_]:
@@ -266,26 +314,24 @@ class DeviceHull:
         return np.asarray(self.device.download(self._seen), np.bool_)
 
 
-def fit_stages(
+def fit_on_device(
     device: Device,
     color: FloatArray,
-    masks: NDArray[np.bool_],
-    pixels: Pixels,
+    normal: FloatArray,
     options: FitOptions,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[FloatArray, FloatArray]:
-    """All of the fit on a device; twin of what `fit.fit` does.
+) -> DeviceField:
+    """All of the fit on a device; twin of `fit.fit`, whose arguments and errors it has.
 
     Args:
-        device: where.
-        color: (6, H, H, 3) of the views.
-        masks: (6, H, H) silhouettes.
-        pixels: of all views.
-        options: of the fit.
+        device: where, with the memory of the field.
+        color: (6, H, H, 3) in [0, 1], white background.
+        normal: (6, H, H, 3) unit world normals, zero = background.
+        options: settings.
         on_progress: called with (iterations queued, iterations in all).
 
     Returns:
-        `(sdf (R, R, R) in node spacings, color (R, R, R, 3))` of the last stage.
+        The field, done.
 
     Raises:
         BackendError: the device failed, for example for want of memory.
@@ -293,42 +339,46 @@ def fit_stages(
     """
     if min(options.keep_rgb, options.keep_normal, options.keep_mask) < 1.0:
         raise FitError("keep_rgb, keep_normal and keep_mask below 1 work on the CPU only; use --device cpu")
+    shape = (options.stages[-1][0],) * 3
+    field = DeviceField(device, device.empty(shape, np.float32), device.empty((*shape, 3), np.float32))
     with Scope(device) as scope:
-        return _fit_stages(scope, color, masks, pixels, options, on_progress)
+        images = images_on_device(scope, color, normal)
+        _fit_stages(scope, images, options, field, on_progress or (lambda done, total: None))
+        device.wait()  # errors of kernels show here
+    return field
 
 
 def _fit_stages(
     device: Device,
-    color: FloatArray,
-    masks: NDArray[np.bool_],
-    pixels: Pixels,
+    images: DeviceImages,
     options: FitOptions,
-    on_progress: Callable[[int, int], None] | None,
-) -> tuple[FloatArray, FloatArray]:
+    field: DeviceField,
+    on_progress: Callable[[int, int], None],
+) -> None:
     from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME
 
-    size_px = masks.shape[-1]
-    hull = DeviceHull(device, masks, options.resolution)
+    distance, near = outlines_on_device(device, images)
+    hull = DeviceHull(device, images, distance, options.resolution)
     if hull.empty:
         raise FitError(NO_VOLUME)
-    on_device = DevicePixels(device, pixels)
+    pixels = pixels_on_device(device, images, near)
     total, done = sum(count for _, count in options.stages), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
     state: DeviceState | None = None
     for stage, (resolution, count) in enumerate(options.stages):
-        start = hull.at(resolution)
+        start, last = hull.at(resolution), field if stage == len(options.stages) - 1 else None
         if state is None:
-            state = DeviceState(device, start, options.inv_s_start)
-            carve(state, on_device, size_px, options.carve_steps)
-            initial_colors(state, color, masks)
+            state = DeviceState(device, start, options.inv_s_start, last)
+            carve(state, pixels, images.size_px, options.carve_steps)
+            initial_colors(state, images)
         else:
-            state = refined(device, state, start, options.inv_s_start)
-        state.restore_distance()
-        for iteration in range(count):
-            progress = iteration / max(count - 1, 1)
-            iterate(state, on_device, size_px, options, stage, iteration, progress)
-            done += 1
-            if on_progress is not None:
-                on_progress(done, total)
+            state = refined(device, state, start, options.inv_s_start, last)
+        run_stage(state, pixels, images.size_px, options, stage, count, tick)
     assert state is not None
     state.keep_in_hull(HULL_SLACK)
-    return device.download(state.sdf), device.download(state.color)
+    device.launch("to_world", state.count, field.sdf, field.color, np.int32(state.resolution))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from uc3d_rt.device import Buffer, Device
+
 FloatArray = NDArray[np.float32]
 
 
@@ -38,6 +40,19 @@ class Field:
     def voxel(self) -> float:
         """Distance between neighbouring nodes, world units."""
         return 2.0 / self.resolution
+
+
+@dataclass(frozen=True)
+class DeviceField:
+    """A `Field` in the memory of a device."""
+
+    device: Device  # through which its memory was taken
+    sdf: Buffer
+    color: Buffer
+
+    def download(self) -> Field:
+        """The field in the memory of the host."""
+        return Field(self.device.download(self.sdf), self.device.download(self.color))
 
 
 def node_coordinates(resolution: int) -> FloatArray:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.device import Device
+from uc3d_rt.device import Device, Scope
 from uc3d_rt.errors import FitError
 from uc3d_rt.neus.field import Field, near_nodes, node_coordinates, resample
 from uc3d_rt.neus.hull import hull_sdf
@@ -119,7 +119,7 @@ def fit(
         normal: (6, H, H, 3) unit world normals, zero = background.
         options: settings; None = `FitOptions()`.
         on_progress: called with (iterations done, iterations in all).
-        device: where it runs, but for the choice of pixels and the like; None = on the CPU.
+        device: where it runs; None = on the CPU.  `device_fit.fit_on_device` leaves the field there.
 
     Returns:
         The field, in world units.
@@ -129,12 +129,13 @@ def fit(
         BackendError: the device failed, for example for want of memory.
     """
     options = options or FitOptions()
+    if device is not None:
+        from uc3d_rt.neus.device_fit import fit_on_device
+
+        with Scope(device) as scope:
+            return fit_on_device(scope, color, normal, options, on_progress).download()
     color, normal, masks = check_views(color, normal)
     pixels = select_pixels(color, normal, masks, options.seed)
-    if device is not None:
-        from uc3d_rt.neus.device_fit import fit_stages
-
-        return _in_world(*fit_stages(device, color, masks, pixels, options, on_progress))
     from uc3d_rt.neus.redistance import restore_distance
 
     hull = hull_sdf(masks, options.resolution)
@@ -201,6 +202,17 @@ def check_views(color: FloatArray, normal: FloatArray) -> tuple[FloatArray, Floa
     Raises:
         FitError: wrong shapes, values that are not finite, or (nearly) empty silhouettes.
     """
+    check_shapes(color, normal)
+    length = np.linalg.norm(normal, axis=-1, keepdims=True)
+    masks = length[..., 0] > 0.5
+    finite = bool(np.isfinite(color).all() and np.isfinite(normal).all())
+    check_content(finite, int(masks.sum()))
+    unit = np.where(masks[..., None], normal / np.maximum(length, 1e-6), 0.0)
+    return np.ascontiguousarray(color, np.float32), unit.astype(np.float32), masks
+
+
+def check_shapes(color: FloatArray, normal: FloatArray) -> None:
+    """Raise a `FitError` unless both are (6, H, H, 3)."""
     if (
         color.ndim != 4
         or color.shape[0] != NUM_VIEWS
@@ -210,17 +222,17 @@ def check_views(color: FloatArray, normal: FloatArray) -> tuple[FloatArray, Floa
         raise FitError(f"color has shape {color.shape}; give ({NUM_VIEWS}, H, H, 3), the six target views")
     if normal.shape != color.shape:
         raise FitError(f"normal has shape {normal.shape}, color {color.shape}; give both the same shape")
-    if not (np.isfinite(color).all() and np.isfinite(normal).all()):
+
+
+def check_content(finite: bool, foreground_px: int) -> None:
+    """Raise a `FitError` unless all values of the views are finite, and they show an object."""
+    if not finite:
         raise FitError("the views hold values that are not finite; decode them in float32")
-    length = np.linalg.norm(normal, axis=-1, keepdims=True)
-    masks = length[..., 0] > 0.5
-    if int(masks.sum()) < MIN_SILHOUETTE_PX:
+    if foreground_px < MIN_SILHOUETTE_PX:
         raise FitError(
-            f"the normal views show no object ({int(masks.sum())} foreground pixels in six views); "
+            f"the normal views show no object ({foreground_px} foreground pixels in six views); "
             "zero vectors mean background: check that the normals are decoded to [-1, 1]"
         )
-    unit = np.where(masks[..., None], normal / np.maximum(length, 1e-6), 0.0)
-    return np.ascontiguousarray(color, np.float32), unit.astype(np.float32), masks
 
 
 class _State:

@@ -14,8 +14,14 @@ from uc3d_rt.views import AZIMUTHS_DEG, TARGET_CAMERAS, camera_axes
 
 FloatArray = NDArray[np.float32]
 
+Distances = TypeVar("Distances")
+"""Distances (3, H, H) in pixels, wherever they lie."""
+
 Hull = TypeVar("Hull")
 """A hull (R, R, R) in pixels, wherever it lies."""
+
+BLUR_PX = 0.7
+"""Standard deviation of the slight blur that rounds off the stair-steps of an outline's pixels."""
 
 OPPOSITE = len(AZIMUTHS_DEG) // 2
 """View `v` and view `v + OPPOSITE` look along the same lines, so their silhouettes mirror."""
@@ -35,9 +41,8 @@ def silhouette_distance(mask: NDArray[np.bool_]) -> FloatArray:
         return np.full(mask.shape, float(max(mask.shape)), np.float32)
     outside = distance_transform_edt(~mask) - 0.5
     inside = distance_transform_edt(mask) - 0.5
-    # The slight blur rounds off the pixel stair-steps of the outline.
     return np.asarray(
-        gaussian_filter(np.where(mask, -inside, outside).astype(np.float32), 0.7), dtype=np.float32
+        gaussian_filter(np.where(mask, -inside, outside).astype(np.float32), BLUR_PX), dtype=np.float32
     )
 
 
@@ -76,10 +81,10 @@ def pair_distances(masks: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:
 
 
 def tolerant(
-    choices: Sequence[FloatArray],
+    choices: Sequence[Distances],
     masks: NDArray[np.bool_],
     resolution: int,
-    intersection: Callable[[FloatArray], Hull],
+    intersection: Callable[[Distances], Hull],
     printed: Callable[[Hull, float], NDArray[np.bool_]],
 ) -> tuple[Hull, float]:
     """The hull in pixels, and the least tolerance with which it covers the silhouettes.
