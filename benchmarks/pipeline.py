@@ -29,14 +29,14 @@ from uc3d_rt.pipeline import STAGES, Pipeline
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--fit-device", help="As --device if left out.")
-@click.option("--mesh-device", default="cpu", show_default=True, help="cpu, or the fit's.")
+@click.option("--mesh-device", help="cpu, or the fit's; that if left out.")
 @click.option("--deterministic", is_flag=True, help="Engines that give the same bits each time.")
 @click.option("--runs", default=10, show_default=True, help="After the first.")
 @click.option("--steps", type=int, help="Else the bundle's.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep the meshes here.")
 def main(
     pictures: tuple[Path, ...], bundle: Path | None, device: str, backend: str, fit_device: str | None,
-    mesh_device: str, deterministic: bool, runs: int, steps: int | None, out: Path | None,
+    mesh_device: str | None, deterministic: bool, runs: int, steps: int | None, out: Path | None,
 ) -> None:  # fmt: skip
     began = time.perf_counter()
     try:

@@ -75,8 +75,8 @@ _NEEDED_LATER = (
 )  # fmt: skip
 @click.option("--fit-device", help="Where the fit runs: cpu, cuda or cuda:N; as --device if left out.")
 @click.option(
-    "--mesh-device", default="cpu", show_default=True,
-    help="Where the surface is extracted and textured: cpu, or the fit's device (not tried on a GPU yet).",
+    "--mesh-device",
+    help="Where the surface is extracted and textured: cpu, or the fit's device; that if left out.",
 )  # fmt: skip
 @click.option(
     "--low-memory", is_flag=True,
@@ -112,7 +112,7 @@ def command(
     device: str,
     backend: str,
     fit_device: str | None,
-    mesh_device: str,
+    mesh_device: str | None,
     low_memory: bool,
     deterministic: bool,
     precision: str,

@@ -104,7 +104,7 @@ class Pipeline:
         low_memory: bool = False,
         deterministic: bool = False,
         precision: str = "auto",
-        mesh_device: str = "cpu",
+        mesh_device: str | None = None,
     ) -> Pipeline:
         """Open a bundle; None is the one that ships.
 
@@ -114,7 +114,7 @@ class Pipeline:
                 GPU if there is one that can be used, else the CPU, and `choice` says why.
             threads: CPU threads a network may use; None leaves the choice to ONNX Runtime.
             backend: "auto" takes the fastest that fits the device; `choice` says which and why.
-            fit_device: "cpu", "cuda" or "cuda:N", of the fit and the mesh; None = `device`.
+            fit_device: "cpu", "cuda" or "cuda:N", of the fit; None = `device`.
             low_memory: call the UNet for one object at a time where guidance acts, and free every stage
                 before the next is loaded, also within `with pipeline:`.  The views are the same but for
                 rounding; a sample takes longer.
@@ -122,7 +122,7 @@ class Pipeline:
                 GPU it is what `python -m export build-engines --deterministic` built.
             precision: "fp16", "int8" or "fp8": run engines of that precision and no others; "auto" takes
                 fp16 before others.
-            mesh_device: where the surface is extracted and textured: "cpu", or the device of the fit.
+            mesh_device: where the surface is extracted and textured: "cpu", or the fit's device; None = that.
 
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.
@@ -152,6 +152,7 @@ class Pipeline:
                 if asked != "auto" or fit_device is not None:
                     raise
                 fit_place, why = Place("cpu"), f"{why}; the fit runs on the CPU: {error}"
+        mesh_device = str(fit_place) if mesh_device is None else mesh_device
         if mesh_device not in ("cpu", str(fit_place)):
             raise UsageError(
                 f"the mesh is made on the CPU or where the fit runs ({fit_place}), not on {mesh_device!r}"

@@ -183,7 +183,7 @@ def test_options_reach_the_pipeline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     usual: dict[str, object] = {
-        "fit_device": None, "mesh_device": "cpu", "low_memory": False, "deterministic": False,
+        "fit_device": None, "mesh_device": None, "low_memory": False, "deterministic": False,
         "precision": "auto",
     }  # fmt: skip
     heard: list[dict[str, object]] = []

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.conftest import ellipsoid_views
 from uc3d_rt import cuda_device
 from uc3d_rt.cuda_device import CudaDevice, cuda_driver
 from uc3d_rt.errors import BackendError
+from uc3d_rt.neus.fit import FitOptions, fit
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -200,3 +202,23 @@ def test_a_fit_on_a_gpu_that_cannot_be_is_refused_before_any_work(
     assert not (tmp_path / "views").exists()
     code, _, err = run_cli(*files, "--fit-device", "gpu")
     assert code == 2 and "unknown device 'gpu'; choose cpu, cuda, or cuda:N" in err
+
+
+@pytest.mark.gpu
+def test_torch_and_several_devices_share_a_process() -> None:
+    """The primary context is everybody's: who closes first takes nothing from the others."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA")
+    before = torch.arange(1000, device="cuda", dtype=torch.float64)
+    color, normal = ellipsoid_views(64)
+    options = FitOptions(resolution=32, iterations=(2, 3), rays_per_iteration=1000)
+    with CudaDevice() as first:
+        with CudaDevice() as second:
+            found = [fit(color, normal, options, device=device) for device in (first, second, first)]
+            assert float((before * 2).sum()) == 999000.0
+        found.append(fit(color, normal, options, device=first))
+    assert len({field.sdf.tobytes() for field in found}) == 1
+    assert float((before + torch.ones(1000, device="cuda")).sum()) == 500500.0
+    with CudaDevice() as third:
+        assert fit(color, normal, options, device=third).sdf.tobytes() == found[0].sdf.tobytes()

@@ -173,7 +173,8 @@ def test_the_fit_goes_where_the_networks_go_unless_told(tiny_bundle: Path) -> No
 def test_the_mesh_is_made_on_the_cpu_or_where_the_fit_runs(
     tiny_bundle: Path, devices: list[OpenDevice]
 ) -> None:
-    assert Pipeline.from_bundle(tiny_bundle, fit_device="cuda").mesh_device == "cpu"
+    assert Pipeline.from_bundle(tiny_bundle, fit_device="cuda").mesh_device == "cuda"
+    assert Pipeline.from_bundle(tiny_bundle).mesh_device == "cpu"
     for fit_device, mesh_device in (("cpu", "cuda"), ("cuda", "cuda:1"), ("cuda", "gpu")):
         with pytest.raises(UsageError, match="on the CPU or where the fit runs"):
             Pipeline.from_bundle(tiny_bundle, fit_device=fit_device, mesh_device=mesh_device)
