@@ -137,6 +137,7 @@ def test_fit_rays(device: Device, sdf: np.ndarray, pixels: Pixels) -> None:
     assert close(device.download(state.d_color) / ONE, d_color, 2e-4)
     found = device.download(state.progress).view(PROGRESS)["d_inv_s"][0] / ONE
     assert found == pytest.approx(d_inv_s.sum(), rel=1e-3)
+    state.keep_field()
     state.free()
 
 
@@ -179,6 +180,7 @@ def test_regularize_and_adam_step(device: Device, sdf: np.ndarray) -> None:
     np.testing.assert_allclose(device.download(state.sdf), expected, atol=2e-5)
     np.testing.assert_allclose(device.download(state.color).reshape(-1, 3), colors, atol=2e-5)
     assert not device.download(state.d_sdf).reshape(-1)[nodes].any()
+    state.keep_field()
     state.free()
 
 
@@ -195,6 +197,7 @@ def test_restore_distance(device: Device, sdf: np.ndarray, source: str, target: 
     np.testing.assert_allclose(device.download(getattr(state, target)), expected, atol=1e-3)
     if source == "start" != target:
         np.testing.assert_array_equal(device.download(state.start), bad)
+    state.keep_field()
     state.free()
 
 
@@ -210,6 +213,7 @@ def test_refine(device: Device, sdf: np.ndarray) -> None:
     expected = start + 2 * resample(np.maximum(sdf - before, 0.0), 2 * R) * thickness_weight(start)
     np.testing.assert_allclose(device.download(fine.sdf), expected, atol=1e-5)
     np.testing.assert_allclose(device.download(fine.color), resample(color, 2 * R), atol=1e-5)
+    fine.keep_field()
     fine.free()
 
 

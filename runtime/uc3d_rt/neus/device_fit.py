@@ -82,14 +82,18 @@ class DeviceState:
         """Nodes in all."""
         return int(self.resolution**3)
 
-    def free(self) -> None:
-        """Give the memory back."""
+    def keep_field(self) -> None:
+        """Give all memory back but that of hull, field and colours, before the next stage takes its own."""
         self.device.free(
             [
-                self.start, self.sdf, self.spare, self.color, self.frozen, self.d_sdf, self.d_color,
-                *self.moments, self.laplacian, self.nodes, self.smooth, self.regular, self.progress,
+                self.spare, self.frozen, self.d_sdf, self.d_color, *self.moments, self.laplacian, self.nodes,
+                self.smooth, self.regular, self.progress,
             ]
         )  # fmt: skip
+
+    def free(self) -> None:
+        """Give the rest back."""
+        self.device.free([self.start, self.sdf, self.color])
 
     def restore_distance(self, source: Buffer | None = None, target: Buffer | None = None) -> None:
         """Twin of `redistance.restore_distance`: the distance to a field's surface, up to `MARGIN` nodes.
@@ -250,6 +254,7 @@ def refined(
     device: Device, coarse: DeviceState, start: Buffer, inv_s: float, field: DeviceField | None = None
 ) -> DeviceState:
     """The next stage's arrays, its field taken over from the stage before; that is freed."""
+    coarse.keep_field()
     fine = DeviceState(device, start, inv_s, field)
     device.launch(
         "refine", fine.count, coarse.sdf, coarse.start, coarse.color, np.int32(coarse.resolution),
@@ -283,6 +288,10 @@ class DeviceHull:
             self._intersection,
             lambda _, slack: self._printed(slack),
         )
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.device.free([self._hull, self._seen, self._right])
 
     @property
     def empty(self) -> bool:
@@ -362,6 +371,7 @@ def _fit_stages(
     if hull.empty:
         raise FitError(NO_VOLUME)
     pixels = pixels_on_device(device, images, near)
+    device.free([distance, near])
     total, done = sum(count for _, count in options.stages), 0
 
     def tick() -> None:
@@ -371,7 +381,10 @@ def _fit_stages(
 
     state: DeviceState | None = None
     for stage, (resolution, count) in enumerate(options.stages):
-        start, last = hull.at(resolution), field if stage == len(options.stages) - 1 else None
+        start, last = hull.at(resolution), None
+        if stage == len(options.stages) - 1:
+            last = field
+            hull.free()
         if state is None:
             state = DeviceState(device, start, options.inv_s_start, last)
             carve(state, pixels, images.size_px, options.carve_steps)
