@@ -324,6 +324,14 @@ def test_a_fit_of_one_stage(device: Device) -> None:
     assert np.linalg.norm(vertices, axis=1).mean() == pytest.approx(0.6, abs=0.02)
 
 
+def test_a_fit_without_iterations_is_the_carved_hull(device: Device) -> None:
+    color, normal = analytic.six_views(analytic.asymmetric(), 64)
+    options = FitOptions(resolution=32, iterations=(0, 0))
+    found, expected = (fit(color, normal, options, device=where) for where in (device, None))
+    near = np.abs(expected.sdf) < expected.voxel
+    np.testing.assert_allclose(found.sdf[near], expected.sdf[near], atol=0.02 * expected.voxel)
+
+
 def test_a_fit_frees_what_it_took(machine: Device) -> None:
     if not isinstance(machine, HostDevice):
         pytest.skip("counted on the stand-in")

@@ -230,6 +230,8 @@ def run_stage(
         state.near_nodes(options)
 
     state.restore_distance()
+    if count == 0:
+        return
     stride = stride_of(pixels, options, state.resolution)
     with Scope(state.device) as scope:
         turns = uploaded(scope, turns_of(options, stage, count, stride).view(np.uint8))
