@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from uc3d_rt.errors import BackendError, OutputError, Uc3dError, UsageError
+from uc3d_rt.ladder import LADDER, OFF, PLAIN
 from uc3d_rt.mesh.writers import FORMATS
 
 if TYPE_CHECKING:
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
-@click.command(name="uc3d-rt", context_settings={"help_option_names": ["-h", "--help"]})
+class _Command(click.Command):
+    """Takes `--low-memory` with a value and without, also right before the picture."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, when every option has its value."""
+        return super().parse_args(ctx, with_rungs(args))
+
+
+@click.command(cls=_Command, name="uc3d-rt", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -70,9 +79,9 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells count
     help="Where the surface is extracted and textured: cpu, or the fit's device (not tried on a GPU yet).",
 )  # fmt: skip
 @click.option(
-    "--low-memory", is_flag=True,
-    help="Call the UNet for one object where guidance would take two, and free each stage before the next: "
-    "saves half of the UNet's working memory and its second copy, and takes longer.",
+    "--low-memory", type=click.Choice([rung.name for rung in LADDER]), default=OFF.name, show_default=True,
+    help=f"Less GPU memory for more time, each of these on top of the one before; alone it is {PLAIN.name}. "
+    + " ".join(f"{rung.name}: {rung.what}." for rung in LADDER[1:]),
 )  # fmt: skip
 @click.option(
     "--deterministic", is_flag=True,
@@ -104,7 +113,7 @@ def command(
     backend: str,
     fit_device: str | None,
     mesh_device: str,
-    low_memory: bool,
+    low_memory: str,
     deterministic: bool,
     precision: str,
     threads: int | None,
@@ -190,6 +199,16 @@ def main(arguments: list[str] | None = None) -> None:
         code, text = _explained(error)
         click.echo(f"error: {' '.join(text.split())}", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def with_rungs(arguments: list[str]) -> list[str]:
+    """Arguments with the name of a rung after every `--low-memory` that has none."""
+    names = {rung.name for rung in LADDER}
+    following = [*arguments, ""][1:]
+    return [
+        f"{given}={PLAIN.name}" if given == "--low-memory" and after not in names else given
+        for given, after in zip(arguments, following, strict=True)
+    ]
 
 
 def check_output(output: Path, file_format: str | None) -> str:
