@@ -9,7 +9,7 @@ warmed up and synchronised at every call; medians.  The runtime's step is the wh
 and DDIM, as a CUDA graph; two lines time all steps of a sample as users run them.
 
 With --random-weights the bundle and its engines are made first, in a folder of their own, and torch has
-the same weights: the step is held against torch's.  Then low-memory mode and whole pictures are measured.
+the same weights: the step is held against torch's.  Then rungs of low memory and whole pictures are measured.
 Memory is what the device lacks more than before: weights, working memory and CUDA graphs, at its peak.
 """
 
@@ -39,6 +39,7 @@ from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines, StepSampler
 from uc3d_rt.contract import Manifest, load_manifest, sha256_of
 from uc3d_rt.engines import load_engine_set
 from uc3d_rt.errors import Uc3dError
+from uc3d_rt.ladder import LADDER
 from uc3d_rt.pipeline import Pipeline
 from uc3d_rt.sampler import Step, ddim_steps
 
@@ -66,12 +67,16 @@ PICTURE_STEPS = 4  # of the whole pictures whose memory is measured
     help="Measure whole pictures of the made bundle too.",
 )  # fmt: skip
 @click.option(
+    "--low-memory", "rungs", multiple=True, type=click.Choice([rung.name for rung in LADDER]),
+    default=("off", "unet"), show_default=True, help="Of the made bundle; torch is compared with the first.",
+)  # fmt: skip
+@click.option(
     "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
     help="cpu tries this program out, with plain operators; its figures mean nothing.",
 )  # fmt: skip
 def main(
     bundle: Path, profile: str | None, folder: Path | None, modes: tuple[str, ...], calls: int, steps: int,
-    jobs: int, pictures: bool, device: str,
+    jobs: int, pictures: bool, rungs: tuple[str, ...], device: str,
 ) -> None:  # fmt: skip
     try:
         if profile is None:
@@ -84,14 +89,14 @@ def main(
         from train.presets import PRESETS
 
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            measure_random(PRESETS[profile], Path(work), device, modes, calls, steps, jobs, pictures)
+            measure_random(PRESETS[profile], Path(work), device, modes, calls, steps, jobs, pictures, rungs)
     except Uc3dError as error:
         raise click.ClickException(str(error)) from error
 
 
 def measure_random(
     preset: Preset, bundle: Path, device: str, modes: tuple[str, ...], calls: int, steps: int, jobs: int,
-    pictures: bool,
+    pictures: bool, rungs: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Make a bundle of random weights and its engines, and measure all that runs them."""
     from export.random_bundle import random_bundle
@@ -106,11 +111,11 @@ def measure_random(
         _make_plain(plan.folder)
     timed("engines built, not checked on the CPU: the step is held against torch's below")
     manifest = load_manifest(bundle)
-    step_ms: dict[bool, float] = {}
-    for low_memory in (False, True):
-        print("low memory:" if low_memory else "as usual:", flush=True)
-        backend = OnnxRuntimeEngines(plan.folder, load_engine_set(plan.folder), device, low_memory)
-        step_ms[low_memory] = measure(bundle, manifest, backend, device, calls, steps, unet)
+    step_ms: dict[str, float] = {}
+    for rung in rungs:
+        print(f"low memory: {rung}", flush=True)
+        backend = OnnxRuntimeEngines(plan.folder, load_engine_set(plan.folder), device, rung)
+        step_ms[rung] = measure(bundle, manifest, backend, device, calls, steps, unet)
         timed("measured")
         if not pictures:
             continue
@@ -120,7 +125,7 @@ def measure_random(
         seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in views.timings.items())
         print(f"a picture, {PICTURE_STEPS} steps: peak of GPU memory {peak[0]:.0f} MiB; {seconds}")
         timed("a picture made")
-    _measure_torch(unet, manifest, device, modes, calls, step_ms[False], timed)
+    _measure_torch(unet, manifest, device, modes, calls, step_ms[rungs[0]], timed)
 
 
 def measure(
@@ -162,7 +167,7 @@ def measure(
         _line(f"{steps} steps, all with guidance", all_guided, f"{share:.2f} of {steps} x the step")
         if plan != guided:
             _line(f"{steps} steps, as the bundle has it", sampled(plan, usual.guidance))
-        if unet is None or not backend.low_memory:
+        if unet is None or not backend.low_memory.one_object:
             _line("runtime, step without", sampler.timed_step(calls, guided=False))
     print(f"peak of GPU memory with all of its CUDA graphs: {peak[0]:.0f} MiB", flush=True)
     return step_ms

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from uc3d_rt.errors import BackendError, OutputError, Uc3dError, UsageError
+from uc3d_rt.ladder import LADDER, OFF, PLAIN
 from uc3d_rt.mesh.writers import FORMATS
 
 if TYPE_CHECKING:
@@ -31,7 +32,15 @@ _NEEDED_LATER = (
 """Modules that fit and mesh import, seconds in all."""
 
 
-@click.command(name="uc3d-rt", context_settings={"help_option_names": ["-h", "--help"]})
+class _Command(click.Command):
+    """Takes `--low-memory` with a value and without, also right before the picture."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, when every option has its value."""
+        return super().parse_args(ctx, with_rungs(args))
+
+
+@click.command(cls=_Command, name="uc3d-rt", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -79,9 +88,9 @@ _NEEDED_LATER = (
     help="Where the surface is extracted and textured: cpu, or the fit's device; that if left out.",
 )  # fmt: skip
 @click.option(
-    "--low-memory", is_flag=True,
-    help="Call the UNet for one object where guidance would take two, and free each stage before the next: "
-    "saves half of the UNet's working memory and its second copy, and takes longer.",
+    "--low-memory", type=click.Choice([rung.name for rung in LADDER]), default=OFF.name, show_default=True,
+    help=f"Less GPU memory for more time, each of these on top of the one before; alone it is {PLAIN.name}. "
+    + " ".join(f"{rung.name}: {rung.what}." for rung in LADDER[1:]),
 )  # fmt: skip
 @click.option(
     "--deterministic", is_flag=True,
@@ -113,7 +122,7 @@ def command(
     backend: str,
     fit_device: str | None,
     mesh_device: str | None,
-    low_memory: bool,
+    low_memory: str,
     deterministic: bool,
     precision: str,
     threads: int | None,
@@ -212,6 +221,16 @@ def _import_ahead() -> None:
     for name in _NEEDED_LATER:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+
+
+def with_rungs(arguments: list[str]) -> list[str]:
+    """Arguments with the name of a rung after every `--low-memory` that has none."""
+    names = {rung.name for rung in LADDER}
+    following = [*arguments, ""][1:]
+    return [
+        f"{given}={PLAIN.name}" if given == "--low-memory" and after not in names else given
+        for given, after in zip(arguments, following, strict=True)
+    ]
 
 
 def check_output(output: Path, file_format: str | None) -> str:

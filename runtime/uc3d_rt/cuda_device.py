@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uc3d_rt.device import Buffer, Captured, Launch, Scalar
-from uc3d_rt.errors import BackendError
+from uc3d_rt.errors import BackendError, OutOfMemoryError
 
 FATBIN = Path(__file__).parent / "cuda" / "kernels.fatbin"
 BLOCK = 128
+OUT_OF_MEMORY = 2  # the driver's status
 MENDS = {  # by the driver's status
-    2: "free memory of the GPU, use a smaller --resolution, or add --fit-device cpu",
+    OUT_OF_MEMORY: "free memory of the GPU, use a smaller --resolution, or add --fit-device cpu",
     100: "no NVIDIA GPU was found; use --device cpu",
     209: "the kernels were not built for this GPU; run: python -m export build-kernels",
     222: "the kernels need a newer NVIDIA driver",
@@ -76,13 +77,15 @@ def _call(driver: Any, name: str, *arguments: Any) -> tuple[Any, ...]:
     """Call the driver; its results without the status.
 
     Raises:
-        BackendError: the driver says that it failed.
+        BackendError: the driver says that it failed; OutOfMemoryError: for want of memory.
     """
     status, *results = getattr(driver, name)(*arguments)
     if int(status) == 0:
         return tuple(results)
     what = str(status).rpartition(".")[2]
     mend = MENDS.get(int(status), "if another program broke the GPU's state, start this one again")
+    if int(status) == OUT_OF_MEMORY:
+        raise OutOfMemoryError(f"{name} failed on the GPU: {what}", mend)
     raise BackendError(f"{name} failed on the GPU: {what}; {mend}")
 
 

@@ -41,6 +41,16 @@ class BackendError(Uc3dError):
     exit_code = 6
 
 
+class OutOfMemoryError(BackendError):
+    """A device's memory ran out; what was taken is freed."""
+
+    def __init__(self, what: str, mend: str) -> None:
+        """Say `what` ran out of memory, and the mend."""
+        super().__init__(f"{what}; {mend}")
+        self.what = what
+        self.mend = mend
+
+
 class FitError(Uc3dError):
     """The views hold no surface to reconstruct, for example when every silhouette is empty."""
 

@@ -3,7 +3,8 @@
     preprocess → encode → diffuse → decode → fit → mesh
 
 Each network is opened when its stage begins and closed when it ends, so that memory holds one at
-a time.  The same input, options and seed on the same machine give the same mesh.
+a time; `ladder.py` has what is done where that is too much.  The same input, options and seed on the
+same machine give the same mesh.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from uc3d_rt.backends.choice import Choice, choose, chosen_device
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
 from uc3d_rt.device import Scope
 from uc3d_rt.errors import BackendError, BundleError, UsageError
+from uc3d_rt.ladder import LowMemory
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
 from uc3d_rt.sampler import ddim_steps
 from uc3d_rt.views import decode_normals
@@ -101,7 +103,7 @@ class Pipeline:
         backend: str = "auto",
         *,
         fit_device: str | None = None,
-        low_memory: bool = False,
+        low_memory: LowMemory = False,
         deterministic: bool = False,
         precision: str = "auto",
         mesh_device: str | None = None,
@@ -115,9 +117,9 @@ class Pipeline:
             threads: CPU threads a network may use; None leaves the choice to ONNX Runtime.
             backend: "auto" takes the fastest that fits the device; `choice` says which and why.
             fit_device: "cpu", "cuda" or "cuda:N", of the fit; None = `device`.
-            low_memory: call the UNet for one object at a time where guidance acts, and free every stage
-                before the next is loaded, also within `with pipeline:`.  The views are the same but for
-                rounding; a sample takes longer.
+            low_memory: name of a rung of `uc3d_rt.ladder.LADDER`, which says what each does: "off", "stages",
+                "unet" or "least"; True is "unet".  The views are the same but for rounding; a sample takes
+                longer.  No rung is ever taken for another.
             deterministic: run only what gives the same bits each time.  On the CPU everything does; on a
                 GPU it is what `python -m export build-engines --deterministic` built.
             precision: "fp16", "int8" or "fp8": run engines of that precision and no others; "auto" takes
@@ -126,7 +128,8 @@ class Pipeline:
 
         Raises:
             BundleError: the bundle is missing, incomplete or of another format version.
-            UsageError: unknown device, backend or precision, a mesh apart from the fit, or `threads` below 1.
+            UsageError: unknown device, backend, precision or rung, a mesh apart from the fit, or `threads`
+                below 1.
             BackendError: a device or backend asked for cannot run here.
         """
         asked, (device, why) = device, chosen_device(device)
@@ -280,8 +283,8 @@ class Pipeline:
         return Result(views, mesh, {**views.timings, **clock.seconds}, views.notes)
 
     def __enter__(self) -> Pipeline:
-        """Keep networks loaded until the `with` block ends, unless memory is low."""
-        self._held = None if self._backend.low_memory else {}
+        """Keep networks loaded until the `with` block ends, unless the rung of low memory frees them."""
+        self._held = None if self._backend.low_memory.frees_stages else {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -337,7 +340,7 @@ class Pipeline:
         latents = np.concatenate([z_0[:, :c], z_0[:, c:]])
         images = []
         with self._network("vae_decoder") as network:
-            chunk = network.batch or _DECODE_CHUNK
+            chunk = network.batch or (1 if self._backend.low_memory.small_buffers else _DECODE_CHUNK)
             for start in range(0, len(latents), chunk):
                 images.append(network(latent=latents[start : start + chunk])["image"])
                 on_image(min(start + chunk, len(latents)), len(latents))

@@ -27,7 +27,7 @@ from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, open_session
 from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines
 from uc3d_rt.contract import NETWORK_NAMES, Manifest, load_manifest, sha256_of
 from uc3d_rt.engines import UNET_PARTS, EngineSet, load_engine_set, save_engine_set
-from uc3d_rt.errors import BackendError
+from uc3d_rt.errors import BackendError, OutOfMemoryError
 from uc3d_rt.sampler import ddim_steps, guided
 
 
@@ -197,11 +197,12 @@ def test_steps_on_the_device_are_the_steps_of_the_host(
                 sampler(**given, focal=0.0, plan=plan, guidance=2.0)
 
 
-@pytest.mark.parametrize("steps", [4, 9])
+@pytest.mark.parametrize("rung, steps", [("stages", 4), ("unet", 4), ("unet", 9), (True, 4), ("least", 4)])
 def test_low_memory_changes_nothing_but_rounding(
-    engines: tuple[Path, EngineSet], bundle: Path, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two calls for one object and a sum; what makes time and keys is gone when the steps are loaded."""
+    engines: tuple[Path, EngineSet], bundle: Path, rung: bool | str, steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What makes time and keys is gone when the steps are loaded; then two calls for one object and a sum."""
     alive: dict[str, weakref.ref[object]] = {}
     meetings: list[tuple[str, set[str]]] = []
 
@@ -222,17 +223,75 @@ def test_low_memory_changes_nothing_but_rounding(
         usual = sampler(**given)
         assert {name for name, session in alive.items() if session()} == set(UNET_PARTS) - {"unet_guidance"}
     alive.clear(), meetings.clear()
-    backend = OnnxRuntimeEngines(*engines, device="cpu", low_memory=True)
+    backend = OnnxRuntimeEngines(*engines, device="cpu", low_memory=rung)
     with backend.open_sampler(bundle, manifest) as sampler:
         found = sampler(**given)
         again = sampler(**given | {"tokens": 0.5 * given["tokens"]})
-    steps_parts = {"unet_step_1", "unet_guidance"}
+    steps_parts = {"unet_step_1", "unet_step_2" if rung == "stages" else "unet_guidance"}
     assert {name for name, _ in meetings} == {"unet_time", "unet_context"} | steps_parts
     assert all(others <= steps_parts for _, others in meetings)
     assert next(others for name, others in meetings if name == "unet_step_1") == set()
     assert not any(session() for session in alive.values())
     assert np.linalg.norm(found - usual) < 1e-3 * np.linalg.norm(usual)
     assert np.linalg.norm(again - usual) > 5e-3 * np.linalg.norm(usual)  # the second picture was looked at
+
+
+def test_the_last_rung_captures_no_cuda_graphs(
+    engines: tuple[Path, EngineSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        onnxruntime_engines, "open_session", lambda *_, provider_options, **__: asked.append(provider_options)
+    )
+    for rung in ("unet", "least"):
+        backend = OnnxRuntimeEngines(*engines, device="cuda", low_memory=rung)
+        for in_steps in (False, True):
+            backend.session("unet_step_1", in_steps)
+    assert [options.get("enable_cuda_graph") for options in asked] == [None, "1", None, None]
+    assert [options["cudnn_conv_algo_search"] for options in asked] == ["EXHAUSTIVE"] * 2 + ["HEURISTIC"] * 2
+
+
+def test_memory_that_runs_out_in_a_step(
+    engines: tuple[Path, EngineSet], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls with bindings raise Python's own RuntimeError; that of a callback is no error of ours."""
+    manifest = load_manifest(bundle)
+    plan = ddim_steps(manifest.schedule, 2, guidance=2.0)
+    given = sampler_inputs(manifest) | {"plan": plan, "focal": 1.0, "guidance": 2.0, "guidance_rescale": 0.5}
+
+    class Session:
+        """A session that fails when told to."""
+
+        fails = False
+
+        def __init__(self, session: object) -> None:
+            self.session = session
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.session, name)
+
+        def run_with_iobinding(self, *arguments: object) -> None:
+            if Session.fails:
+                raise RuntimeError(
+                    "Error in execution: Non-zero status code returned while running Conv node. Status "
+                    "Message: bfc_arena.cc:360 Failed to allocate memory for requested buffer of size 12345"
+                )
+            self.session.run_with_iobinding(*arguments)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(onnxruntime_engines, "open_session", lambda *a, **o: Session(open_session(*a, **o)))
+
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("enough")
+
+    with OnnxRuntimeEngines(*engines, device="cpu").open_sampler(bundle, manifest) as sampler:
+        usual = sampler(**given)
+        with pytest.raises(RuntimeError, match="^enough$"):
+            sampler(**given, on_step=stop)
+        Session.fails = True
+        with pytest.raises(OutOfMemoryError, match="^unet ran out of memory in ONNX Runtime .*12345"):
+            sampler(**given)
+        Session.fails = False
+        np.testing.assert_array_equal(sampler(**given), usual)
 
 
 def test_guidance_of_two_predictions(engines: tuple[Path, EngineSet], bundle: Path) -> None:

@@ -262,7 +262,7 @@ def test_weights_that_are_not_the_ones_that_were_built(built: Path, tmp_path: Pa
     with pytest.raises(
         BundleError, match=f"{said}; delete the folder and run: python -m export build-engines"
     ):
-        OnnxRuntimeEngines(folder, engines, device="cpu").session("unet_step_1", {})
+        OnnxRuntimeEngines(folder, engines, device="cpu").session("unet_step_1")
     plan = plan_build(BuildOptions(copy, "onnxruntime", check=False))
     assert [job.name for job in plan.jobs if not job.done] == ["unet_step_1", "unet_step_2"]
     build(plan)

@@ -172,7 +172,8 @@ def test_help_names_every_option(run_cli: Run) -> None:
     "given, expected",
     [
         ((), {}),
-        (("--low-memory",), {"low_memory": True}),
+        (("--low-memory",), {"low_memory": "unet"}),
+        (("--low-memory", "least"), {"low_memory": "least"}),
         (("--deterministic",), {"deterministic": True}),
         (("--fit-device", "cuda", "--mesh-device", "cuda"), {"fit_device": "cuda", "mesh_device": "cuda"}),
         (("--precision", "fp8"), {"precision": "fp8"}),
@@ -183,7 +184,7 @@ def test_options_reach_the_pipeline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     usual: dict[str, object] = {
-        "fit_device": None, "mesh_device": None, "low_memory": False, "deterministic": False,
+        "fit_device": None, "mesh_device": None, "low_memory": "off", "deterministic": False,
         "precision": "auto",
     }  # fmt: skip
     heard: list[dict[str, object]] = []

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import ellipsoid_views
 from uc3d_rt import cuda_device
 from uc3d_rt.cuda_device import CudaDevice, cuda_driver
-from uc3d_rt.errors import BackendError
+from uc3d_rt.errors import BackendError, OutOfMemoryError
 from uc3d_rt.neus.fit import FitOptions, fit
 
 Run = Callable[..., tuple[int, str, str]]
@@ -166,9 +166,10 @@ def test_kernels_get_their_arguments(driver: Driver) -> None:
 )
 def test_errors_of_the_driver_say_the_mend(driver: Driver, name: str, status: int, mend: str) -> None:
     driver.fails[name] = status
-    with pytest.raises(BackendError, match=f"{name} failed.*{mend}"), CudaDevice() as device:
+    with pytest.raises(BackendError, match=f"{name} failed.*{mend}") as caught, CudaDevice() as device:
         device.empty((4,), np.float32)
         device.launch("bend", 1, None, None, None)
+    assert isinstance(caught.value, OutOfMemoryError) is (status == 2)
     assert driver.names().count("cuDevicePrimaryCtxRetain") == driver.names().count(
         "cuDevicePrimaryCtxRelease"
     )

@@ -70,20 +70,27 @@ def test_guidance_and_steps_matter(pipeline: Pipeline) -> None:
     assert np.abs(pipeline.views(object_rgba(), guidance=1.0).color - default.color).max() > 1e-4
 
 
-def test_low_memory_gives_the_same_views_from_one_object_at_a_time(
-    pipeline: Pipeline, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The UNet is called twice where guidance acts, and a stage is freed before the next one loads."""
-    batches: list[int] = []
+@pytest.mark.parametrize(
+    "low_memory, objects, latents",
+    [("off", 2, 4), ("stages", 2, 4), ("unet", 1, 4), (True, 1, 4), ("least", 1, 1)],
+)
+def test_every_rung_of_low_memory_gives_the_same_views(
+    pipeline: Pipeline, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, low_memory: bool | str,
+    objects: int, latents: int,
+) -> None:  # fmt: skip
+    """How many objects the UNet takes at once where guidance acts, how many latents the decoder; and a stage
+    is freed before the next one loads."""
+    batches: list[tuple[str, int]] = []
     loaded: list[str] = []
     call, close, opened = OnnxRuntimeNetwork.__call__, OnnxRuntimeNetwork.close, OnnxRuntimeBackend.open
 
     def spied(self: OnnxRuntimeNetwork, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        batches.extend(len(inputs[name]) for name in ("timestep",) if name in inputs)
+        batches.extend((name, len(inputs[name])) for name in ("timestep", "latent") if name in inputs)
         return call(self, **inputs)
 
     def noted(self: OnnxRuntimeBackend, bundle: Path, manifest: Manifest, name: str) -> OnnxRuntimeNetwork:
-        assert not loaded, f"{loaded} still loaded when {name} is"
+        if low_memory != "off":
+            assert not loaded, f"{loaded} still loaded when {name} is"
         loaded.append(name)
         return opened(self, bundle, manifest, name)
 
@@ -95,9 +102,11 @@ def test_low_memory_gives_the_same_views_from_one_object_at_a_time(
     monkeypatch.setattr(OnnxRuntimeNetwork, "__call__", spied)
     monkeypatch.setattr(OnnxRuntimeNetwork, "close", freed)
     monkeypatch.setattr(OnnxRuntimeBackend, "open", noted)
-    with Pipeline.from_bundle(tiny_bundle, threads=1, low_memory=True) as low:  # keeps nothing loaded
+    with Pipeline.from_bundle(tiny_bundle, threads=1, low_memory=low_memory) as low:
         found = low.views(object_rgba())
-    assert batches == [1] * 8 and not loaded  # four steps, each with guidance
+        assert len(loaded) == (4 if low_memory == "off" else 0)
+    steps = [("timestep", objects)] * (4 * 2 // objects)  # each with guidance
+    assert batches == steps + [("latent", latents)] * (12 // latents) and not loaded
     np.testing.assert_allclose(found.color, usual.color, atol=1e-5)
     np.testing.assert_allclose(found.normal, usual.normal, atol=1e-4)
 

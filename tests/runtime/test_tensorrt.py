@@ -52,6 +52,10 @@ class Memory:
     def download(self, buffer: SimpleNamespace) -> np.ndarray:
         return self.live[buffer.address].copy()
 
+    def free(self, buffers: Sequence[SimpleNamespace]) -> None:
+        for buffer in buffers:
+            del self.live[buffer.address]
+
     def wait(self) -> None:
         pass
 
@@ -85,7 +89,10 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         session = self.engine.session
-        assert stream == Memory.stream and self.scratch is not None and self.scratch[1] == 4096
+        assert stream == Memory.stream and self.scratch is not None
+        address, size = self.scratch
+        assert Memory.live[address].nbytes == size
+        assert size >= self.engine.get_device_memory_size_for_profile_v2(self.profile)
         given = {
             node.name: Memory.live[self.at[node.name]].astype(np.float32) for node in session.get_inputs()
         }
@@ -95,8 +102,6 @@ class Context:
 
 
 class Engine:
-    device_memory_size_v2 = 4096
-
     def __init__(self, library: Library, model: bytes) -> None:
         self.library, self.session = library, onnxruntime.InferenceSession(model)
         self.nodes = [*self.session.get_inputs(), *self.session.get_outputs()]
@@ -120,6 +125,9 @@ class Engine:
             t.name: tuple(free[s] if isinstance(s, str) else s for s in t.shape) for t in self.spec.outputs
         }
 
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return 2048 * self.batches[profile]
+
     def get_tensor_name(self, index: int) -> str:
         return str(self.nodes[index].name)
 
@@ -139,13 +147,15 @@ class Engine:
     def create_runtime_config(self) -> SimpleNamespace:
         cache = SimpleNamespace(read=[], serialize=lambda: b"compiled here")
         cache.deserialize = cache.read.append
-        config = SimpleNamespace(strategy=None, cache=None, create_runtime_cache=lambda: cache)
+        config = SimpleNamespace(
+            strategy=None, cache=None, cuda_graph_strategy="none", create_runtime_cache=lambda: cache
+        )
         config.set_execution_context_allocation_strategy = lambda s: setattr(config, "strategy", s)
         config.set_runtime_cache = lambda c: setattr(config, "cache", c)
         return config
 
     def create_execution_context(self, runtime_config: SimpleNamespace) -> Context:
-        assert runtime_config.strategy == "user" and runtime_config.cuda_graph_strategy == "whole"
+        assert runtime_config.strategy == "user"
         self.made.append(runtime_config)
         return Context(self)
 
@@ -220,6 +230,7 @@ def test_a_picture_through_engines(bundle: Path, library: Library, object_png: P
     assert not np.array_equal(found.color, expected.color)
     unet = next(engine for engine in library.opened if engine.spec.name == "unet")
     assert len(unet.made) == 1  # one context for all steps
+    assert unet.made[0].cuda_graph_strategy == "whole"
     kept = bundle / BUILT_NAME / "rtx" / "unet.runtime-cache"
     assert kept.read_bytes() == b"compiled here" and unet.made[0].cache.read == []
     pipeline.views(object_png, steps=1, guidance=1.0)
@@ -307,6 +318,36 @@ def test_a_network_is_the_bundles(bundle: Path, library: Library) -> None:
     assert isinstance(backend.open_sampler(bundle, manifest), NetworkSampler)
 
 
+def test_rungs_of_low_memory(bundle: Path, library: Library, object_png: Path) -> None:
+    """Working memory for one object is less, and the last rung captures no CUDA graphs."""
+    usual = Pipeline.from_bundle(bundle, "cuda", fit_device="cpu").views(object_png, steps=2, guidance=3.0)
+    for rung, strategy in (("unet", "whole"), ("least", "none")):
+        library.opened.clear()
+        pipeline = Pipeline.from_bundle(bundle, "cuda", fit_device="cpu", low_memory=rung)
+        found = pipeline.views(object_png, steps=2, guidance=3.0)
+        np.testing.assert_allclose(found.color, usual.color, atol=1e-5)
+        assert {made.cuda_graph_strategy for engine in library.opened for made in engine.made} == {strategy}
+
+
+def test_working_memory_is_as_large_as_what_runs_needs(bundle: Path, library: Library) -> None:
+    manifest, folder = load_manifest(bundle), bundle / BUILT_NAME / "rtx"
+    spec, rng = network_specs(manifest.shape)["unet"], np.random.default_rng(0)
+
+    def inputs(batch: int) -> dict[str, np.ndarray]:
+        free = {"batch": batch, "samples": batch * manifest.shape.views}
+        sizes = {t.name: [free[s] if isinstance(s, str) else s for s in t.shape] for t in spec.inputs}
+        return {name: rng.random(size, dtype=np.float32) for name, size in sizes.items()}
+
+    def scratches() -> list[int]:
+        return [array.nbytes for array in Memory.live.values() if array.dtype == np.uint8]
+
+    backend = TensorRtEngines(folder, choice.load_engine_set(folder))
+    with backend.open(bundle, manifest, "unet") as network:
+        for batch, size in ((1, 2048), (2, 4096), (1, 4096)):  # the first context gets the larger one too
+            network(**inputs(batch))
+            assert scratches() == [size]
+
+
 def test_the_library_has_what_the_backend_calls() -> None:
     """Names only: the library runs nothing without a GPU."""
     real = pytest.importorskip("tensorrt_rtx")
@@ -315,7 +356,7 @@ def test_the_library_has_what_the_backend_calls() -> None:
         real.Runtime: ("deserialize_cuda_engine",),
         real.ICudaEngine: (
             "num_io_tensors", "get_tensor_name", "get_tensor_dtype", "get_tensor_shape",
-            "get_tensor_profile_shape", "num_optimization_profiles", "device_memory_size_v2",
+            "get_tensor_profile_shape", "num_optimization_profiles", "get_device_memory_size_for_profile_v2",
             "create_runtime_config", "create_execution_context",
         ),
         real.IExecutionContext: (

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from uc3d_rt.contract import Manifest, NetworkSpec, TensorSpec
 from uc3d_rt.errors import UsageError
+from uc3d_rt.ladder import OFF, LowMemory, Rung
 from uc3d_rt.sampler import Step, run_steps
 
 FloatArray = NDArray[np.float32]
@@ -172,8 +173,8 @@ class NetworkSampler(Sampler):
 class Backend(Protocol):
     """Opens the networks of a bundle on one device."""
 
-    low_memory: bool = False
-    """Guidance is two calls of one object each, and nothing stays loaded longer than it is needed."""
+    low_memory: Rung = OFF
+    """What is done to need less memory."""
 
     def open(self, bundle: Path, manifest: Manifest, name: str) -> Network:
         """Verify and load one network.
@@ -186,19 +187,19 @@ class Backend(Protocol):
 
     def open_sampler(self, bundle: Path, manifest: Manifest) -> Sampler:
         """Verify and load what the steps need; raises as `open`."""
-        return NetworkSampler(self.open(bundle, manifest, "unet"), self.low_memory)
+        return NetworkSampler(self.open(bundle, manifest, "unet"), self.low_memory.one_object)
 
 
-def backend_for(device: str, threads: int | None = None, low_memory: bool = False) -> Backend:
+def backend_for(device: str, threads: int | None = None, low_memory: LowMemory = False) -> Backend:
     """The backend that runs a bundle's own files on a device; never another device than the one asked for.
 
     Args:
         device: a name of `Place`.
         threads: CPU threads a network may use; None leaves the choice to the engine.
-        low_memory: see `Backend`.
+        low_memory: a rung of `uc3d_rt.ladder.LADDER`.
 
     Raises:
-        UsageError: unknown device, or `threads` below 1.
+        UsageError: unknown device or rung, or `threads` below 1.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")

@@ -20,6 +20,7 @@ from uc3d_rt.engines import (
     this_machine,
 )
 from uc3d_rt.errors import BackendError, BundleError, UsageError
+from uc3d_rt.ladder import LowMemory
 
 PRECISIONS: tuple[str, ...] = ("auto", "fp16", "int8", "fp8")
 """Of engines, in the order in which they are taken where several fit."""
@@ -46,7 +47,7 @@ class Choice:
 
 def choose(
     bundle: Path, manifest: Manifest, device: str = "cpu", backend: str = "auto",
-    threads: int | None = None, low_memory: bool = False, deterministic: bool = False,
+    threads: int | None = None, low_memory: LowMemory = False, deterministic: bool = False,
     precision: str = "auto",
 ) -> Choice:  # fmt: skip
     """The backend for a device; never another device than the one asked for.
@@ -58,12 +59,12 @@ def choose(
         backend: one of `BACKENDS`: "bundle" runs the bundle's own files in fp32, "auto" the first that
             fits, any other what was built for it.
         threads: CPU threads a network may use; None leaves the choice to the library.
-        low_memory: see `uc3d_rt.backends.base.Backend`.
+        low_memory: a rung of `uc3d_rt.ladder.LADDER`.
         deterministic: only what gives the same bits each time; on the CPU everything does.
         precision: one of `PRECISIONS`, of engines; "auto" takes fp16 before others.
 
     Raises:
-        UsageError: unknown device, backend or precision, or `threads` below 1.
+        UsageError: unknown device, backend, precision or rung, or `threads` below 1.
         BackendError: what was asked for by name does not fit.
     """
     if backend not in BACKENDS:
@@ -124,7 +125,7 @@ def _mend(kind: str, precision: str) -> str:
 
 
 def _built_choice(
-    folder: Path, engines: EngineSet, device: str, threads: int | None, low_memory: bool
+    folder: Path, engines: EngineSet, device: str, threads: int | None, low_memory: LowMemory
 ) -> Choice:
     from uc3d_rt.backends.onnxruntime import OnnxRuntimeQuantized
     from uc3d_rt.backends.onnxruntime_engines import OnnxRuntimeEngines

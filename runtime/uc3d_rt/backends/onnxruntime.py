@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,20 +14,29 @@ from numpy.typing import NDArray
 from uc3d_rt.backends.base import Backend, Network, Place, check_inputs
 from uc3d_rt.contract import Manifest, NetworkSpec, network_specs, verified_network_path
 from uc3d_rt.engines import EngineSet, verified_engine_path
-from uc3d_rt.errors import BackendError, BundleError
+from uc3d_rt.errors import BackendError, BundleError, OutOfMemoryError
+from uc3d_rt.ladder import OFF, LowMemory, Rung, lower_rungs, rung_of
 
 FloatArray = NDArray[np.float32]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}  # fp32 is fp32
+_NO_MORE_THAN_ASKED = {"arena_extend_strategy": "kSameAsRequested"}  # else powers of two
+_SMALL_WORKSPACES = {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "0"}
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
+_NO_MEMORY = re.compile(
+    r"failed to allocate memory|out of memory|_alloc_failed|bad.alloc|smaller than requested bytes",
+    re.IGNORECASE,
+)
+"""What the errors of its arenas, of CUDA, cuBLAS, cuDNN and C++ have in them where memory ran out."""
 
 
 class OnnxRuntimeBackend(Backend):
     """Opens bundle networks as ONNX Runtime sessions."""
 
-    def __init__(self, device: str = "cpu", threads: int | None = None, low_memory: bool = False) -> None:
-        self.low_memory = low_memory
+    def __init__(
+        self, device: str = "cpu", threads: int | None = None, low_memory: LowMemory = False
+    ) -> None:
+        self.low_memory = rung_of(low_memory)
         self.device = device
         self.threads = threads
 
@@ -34,7 +44,7 @@ class OnnxRuntimeBackend(Backend):
         """Verify and load one network; raises as `Backend.open`."""
         path = verified_network_path(bundle, manifest, name)
         spec = network_specs(manifest.shape)[name]
-        options = _PROVIDER_OPTIONS[Place.named(self.device).kind]
+        options = provider_options(self.device, {"use_tf32": "0"}, self.low_memory)  # fp32 is fp32
         session = open_session(path, self.device, self.threads, options)
         _check_session(session, spec, path)
         return OnnxRuntimeNetwork(session, spec, manifest.shape.views)
@@ -44,7 +54,7 @@ class OnnxRuntimeQuantized(OnnxRuntimeBackend):
     """The bundle's networks on the CPU, but for those that `python -m export quantize` made int8."""
 
     def __init__(
-        self, folder: Path, engines: EngineSet, threads: int | None = None, low_memory: bool = False
+        self, folder: Path, engines: EngineSet, threads: int | None = None, low_memory: LowMemory = False
     ) -> None:
         super().__init__("cpu", threads, low_memory)
         self.folder = folder
@@ -90,15 +100,23 @@ def explained(name: str) -> Iterator[None]:
     """ONNX Runtime's errors while it runs a network as ours.
 
     Raises:
-        BackendError: naming the network and what may help.
+        BackendError: naming the network and what may help; OutOfMemoryError: for want of memory.
     """
     try:
         yield
     except _runtime_errors() as error:
-        raise BackendError(
-            f"{name} failed in ONNX Runtime ({_one_line(error)}); "
-            "if memory ran out, close other programs or use a smaller bundle"
+        raise _out_of_memory(name, error) or BackendError(
+            f"{name} failed in ONNX Runtime ({_one_line(error)}); run: uc3d-rt doctor; "
+            f"if memory may have run out, {lower_rungs(OFF)}"
         ) from error
+
+
+def provider_options(device: str, usual: dict[str, str], low_memory: Rung) -> dict[str, str]:
+    """Options of a device's execution provider: the usual ones, and what a rung of the ladder adds."""
+    if Place.named(device).kind == "cpu":
+        return {}
+    least = _NO_MORE_THAN_ASKED if low_memory.frees_stages else {}
+    return usual | least | (_SMALL_WORKSPACES if low_memory.small_buffers else {})
 
 
 def check_provider(device: str) -> str:
@@ -137,7 +155,8 @@ def open_session(
         deterministic: take the kernels that give the same bits each time, where there are such.
 
     Raises:
-        BackendError: ONNX Runtime has no such provider, or it does not start, or refuses the file.
+        BackendError: ONNX Runtime has no such provider, or it does not start, or refuses the file;
+            OutOfMemoryError: for want of memory.
     """
     import onnxruntime
 
@@ -159,7 +178,7 @@ def open_session(
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[(provider, given)])
     except _runtime_errors() as error:
-        raise BackendError(
+        raise _out_of_memory(path.stem, error) or BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path} ({_one_line(error)}); "
             "upgrade it, or export the bundle again"
         ) from error
@@ -199,7 +218,17 @@ def _check_session(session: Any, spec: NetworkSpec, path: Path) -> None:
                 )
 
 
+def _out_of_memory(name: str, error: Exception) -> OutOfMemoryError | None:
+    """The error where a network's memory ran out, which ONNX Runtime says in words alone; else None."""
+    if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+        return None
+    return OutOfMemoryError(
+        f"{name} ran out of memory in ONNX Runtime ({_one_line(error)})", lower_rungs(OFF)
+    )
+
+
 def _runtime_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; calls with bindings and memory of its own raise Python's."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = (
@@ -213,7 +242,7 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
         "NotImplemented",
         "RuntimeException",
     )
-    return tuple(getattr(state, name) for name in names)
+    return (RuntimeError, MemoryError, *(getattr(state, name) for name in names))
 
 
 def _one_line(error: Exception) -> str:

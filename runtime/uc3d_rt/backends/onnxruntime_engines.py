@@ -13,31 +13,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uc3d_rt.backends.base import Backend, Network, Place, Sampler, check_inputs
-from uc3d_rt.backends.onnxruntime import OnnxRuntimeNetwork, explained, open_session
+from uc3d_rt.backends.onnxruntime import OnnxRuntimeNetwork, explained, open_session, provider_options
 from uc3d_rt.contract import Manifest, NetworkSpec, network_specs
 from uc3d_rt.engines import EngineSet, verified_engine_path
 from uc3d_rt.errors import BackendError
+from uc3d_rt.ladder import LowMemory, rung_of
 from uc3d_rt.sampler import Step
 
 FloatArray = NDArray[np.float32]
 
-_PROVIDER_OPTIONS = {
-    # Trying all algorithms finds none that are faster, takes seconds, and chooses anew in each process.
-    "cuda": {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"},
-    "cpu": {},
-}
-
-_STEP_OPTIONS = {"cuda": {"enable_cuda_graph": "1"}, "cpu": {}}
+# Trying all algorithms finds none that are faster, takes seconds, and chooses anew in each process.
+_PROVIDER_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+_CAPTURE = {"enable_cuda_graph": "1"}
 
 
 class OnnxRuntimeEngines(Backend):
     """Opens the engines of one folder that was built with `--backend onnxruntime`."""
 
     def __init__(
-        self, folder: Path, engines: EngineSet, device: str = "cuda", low_memory: bool = False
+        self, folder: Path, engines: EngineSet, device: str = "cuda", low_memory: LowMemory = False
     ) -> None:
         """Take the engines of a folder; the device is another only in tests, with engines made for it."""
-        self.low_memory = low_memory
+        self.low_memory = rung_of(low_memory)
         self.folder = folder
         self.engines = engines
         self.device = device
@@ -48,19 +45,24 @@ class OnnxRuntimeEngines(Backend):
         spec, views = network_specs(manifest.shape)[name], manifest.shape.views
         if name == "unet":
             return StepNetwork(StepSampler(self, manifest), spec, views)
-        session = self.session(name, _PROVIDER_OPTIONS[self.place.kind])
-        return OnnxRuntimeNetwork(session, spec, views, self.engines.engines[name].batches[0])
+        return OnnxRuntimeNetwork(self.session(name), spec, views, self.engines.engines[name].batches[0])
 
     def open_sampler(self, bundle: Path, manifest: Manifest) -> Sampler:
         """Verify and load the steps; raises as `Backend.open`."""
         return StepSampler(self, manifest)
 
-    def session(self, part: str, provider_options: dict[str, str]) -> Any:
-        """A session of one engine file."""
+    @property
+    def captures(self) -> bool:
+        """Whether steps become CUDA graphs."""
+        return self.place.kind == "cuda" and not self.low_memory.small_buffers
+
+    def session(self, part: str, in_steps: bool = False) -> Any:
+        """A session of one engine file; of one that runs in every step if asked for."""
+        usual = _PROVIDER_OPTIONS | (_CAPTURE if in_steps and self.captures else {})
         return open_session(
             verified_engine_path(self.engines, self.folder, part),
             self.device,
-            provider_options=provider_options,
+            provider_options=provider_options(self.device, usual, self.low_memory),
             deterministic=self.engines.deterministic,
         )
 
@@ -78,7 +80,8 @@ class _Run:
 
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(self.number))
-        self.session.run_with_iobinding(self.binding, options)
+        with explained("unet"):
+            self.session.run_with_iobinding(self.binding, options)
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,16 @@ class StepSampler(Sampler):
     """All steps of an object on the device: only the start noise goes in and only z_0 comes out.
 
     z_t and the number of the step stand in two places each; a step reads one and writes the other.
-    Where memory is low, a step with guidance is two calls for one object and a sum, and what makes time
-    and keys is loaded only while it runs.
+    What the backend's rung of low memory asks for: what makes time and keys is loaded only while it runs;
+    then a step with guidance is two calls for one object and a sum; then no CUDA graphs.
     """
 
     def __init__(self, backend: OnnxRuntimeEngines, manifest: Manifest) -> None:
         self._backend, self._place, self._low_memory = backend, backend.place, backend.low_memory
+        self._sessions: dict[str, Any] = {}
+        self._numbers: dict[str, int] = {}  # of CUDA graphs, a part
+        self._conditions: dict[Sees, _Condition] = {}
+        self._loops: dict[int, _Loop] = {}
         self._rescale = manifest.sampling.guidance_rescale
         shape = manifest.shape
         self._latent = (shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px)
@@ -124,17 +131,14 @@ class StepSampler(Sampler):
             "tokens": (shape.tokens, shape.token_dim),
             "image_latent": (shape.latent_channels, shape.latent_px, shape.latent_px),
         }
-        self._sessions: dict[str, Any] = {}
-        self._numbers: dict[str, int] = {}  # of CUDA graphs, a part
         with self._session("unet_time") as session:
             table = session.get_outputs()[0].shape
         self._rows = table[0]  # steps whose plan the device holds at once
-        self._table = self._room(table, np.float16)
-        self._given = {name: self._room((self._rows,), np.float32) for name in ("timestep", "focal")}
-        self._z = [self._room(self._latent, np.float32) for _ in range(2)]
-        self._step = [self._room((1,), np.int64) for _ in range(2)]
-        self._conditions: dict[Sees, _Condition] = {}
-        self._loops: dict[int, _Loop] = {}
+        with explained("unet"):
+            self._table = self._room(table, np.float16)
+            self._given = {name: self._room((self._rows,), np.float32) for name in ("timestep", "focal")}
+            self._z = [self._room(self._latent, np.float32) for _ in range(2)]
+            self._step = [self._room((1,), np.int64) for _ in range(2)]
 
     def __call__(
         self,
@@ -162,17 +166,19 @@ class StepSampler(Sampler):
                 self._loop(kind)
             at = 0
             self._z[at].update_inplace(np.ascontiguousarray(z_T, np.float32))
-            for first in range(0, len(plan), self._rows):
-                part = plan[first : first + self._rows]
+        for first in range(0, len(plan), self._rows):
+            part = plan[first : first + self._rows]
+            with explained("unet"):
                 if first:
                     self._set_times(part, focal)
                 self._set_shares(part, guidance)
                 self._step[at].update_inplace(np.zeros(1, np.int64))
-                for done, step in enumerate(part, start=first + 1):
-                    self._loops[2 if step.guided else 1].run(at)
-                    at = 1 - at
-                    if on_step is not None:
-                        on_step(done, len(plan))
+            for done, step in enumerate(part, start=first + 1):
+                self._loops[2 if step.guided else 1].run(at)
+                at = 1 - at
+                if on_step is not None:
+                    on_step(done, len(plan))
+        with explained("unet"):
             z_0: FloatArray = np.array(self._z[at].numpy())  # a view of the place itself on a CPU
         return z_0
 
@@ -211,23 +217,22 @@ class StepSampler(Sampler):
         """What makes time or keys and values: freed at once where memory is low, else kept."""
         session = self._sessions.get(part)
         if session is None:
-            session = self._backend.session(part, _PROVIDER_OPTIONS[self._place.kind])
-        if not self._low_memory:
+            session = self._backend.session(part)
+        if not self._low_memory.frees_stages:
             self._sessions[part] = session
         yield session
 
     def _step_session(self, part: str) -> Any:
         """One that runs in every step."""
         if part not in self._sessions:
-            options = _PROVIDER_OPTIONS[self._place.kind] | _STEP_OPTIONS[self._place.kind]
-            self._sessions[part] = self._backend.session(part, options)
+            self._sessions[part] = self._backend.session(part, in_steps=True)
         return self._sessions[part]
 
     def _sees(self, kind: int) -> tuple[Sees, ...]:
         """The calls that a step without guidance (1) or with it (2) is made of."""
         if kind == 1:
             return ((True,),)
-        return ((True,), (False,)) if self._low_memory else ((True, False),)
+        return ((True,), (False,)) if self._low_memory.one_object else ((True, False),)
 
     def _set_conditions(self, kinds: Sequence[int], tokens: FloatArray, image_latent: FloatArray) -> None:
         """Take a picture to the device, and make keys and values of it."""
@@ -258,10 +263,10 @@ class StepSampler(Sampler):
         """The step without guidance (1) or with it (2), opened when first asked for."""
         if kind not in self._loops:
             plan = self._room((self._rows, 1 + kind), np.float32)
-            split = kind == 2 and self._low_memory
+            split = kind == 2 and self._low_memory.one_object
             runs = self._split_runs(plan) if split else self._runs(kind, plan)
             loop = self._loops[kind] = _Loop(kind, plan, runs)
-            if self._place.kind == "cuda":
+            if self._backend.captures:
                 # The first runs choose algorithms, take memory, and capture a CUDA graph for either place.
                 for at in (0, 1) * 3:
                     self._step[at].update_inplace(np.zeros(1, np.int64))

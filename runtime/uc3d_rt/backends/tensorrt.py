@@ -21,6 +21,7 @@ from uc3d_rt.contract import Manifest, NetworkSpec, network_specs
 from uc3d_rt.cuda_device import CudaBuffer, CudaDevice
 from uc3d_rt.engines import LIBRARY_MODULES, REBUILD, EngineSet, verified_engine_path
 from uc3d_rt.errors import BackendError
+from uc3d_rt.ladder import OFF, LowMemory, Rung, rung_of
 
 FloatArray = NDArray[np.float32]
 
@@ -28,13 +29,15 @@ FloatArray = NDArray[np.float32]
 class TensorRtEngines(Backend):
     """Opens the engines of one folder."""
 
-    def __init__(self, folder: Path, engines: EngineSet, low_memory: bool = False, ordinal: int = 0) -> None:
+    def __init__(
+        self, folder: Path, engines: EngineSet, low_memory: LowMemory = False, ordinal: int = 0
+    ) -> None:
         """Take the engines of a folder.
 
         Raises:
             BackendError: their library does not load.
         """
-        self.low_memory = low_memory
+        self.low_memory = rung_of(low_memory)
         self.ordinal = ordinal  # of the GPU
         self.folder = folder
         self.engines = engines
@@ -49,7 +52,7 @@ class TensorRtEngines(Backend):
         spec, views = network_specs(manifest.shape)[name], manifest.shape.views
         batches = self.engines.engines[name].batches
         batch = batches[0] if len(batches) == 1 else None
-        return TensorRtNetwork(self.library, path, spec, views, batch, self.ordinal)
+        return TensorRtNetwork(self.library, path, spec, views, batch, self.ordinal, self.low_memory)
 
 
 class _Call:
@@ -70,6 +73,7 @@ class TensorRtNetwork(Network):
         views: int,
         batch: int | None,
         ordinal: int = 0,
+        low_memory: Rung = OFF,
     ) -> None:
         """Load an engine file.
 
@@ -80,12 +84,14 @@ class TensorRtNetwork(Network):
             views: of a sample.
             batch: how many a call takes, where that is fixed.
             ordinal: of the GPU.
+            low_memory: with small buffers, the library captures no CUDA graphs.
 
         Raises:
             BackendError: the library refuses the engine, or there is no GPU.
         """
         self.batch = batch
         self._library, self._path, self._spec, self._views = library, path, spec, views
+        self._captures = not low_memory.small_buffers
         self._calls: dict[tuple[tuple[int, ...], ...], _Call] = {}
         self._scratch: CudaBuffer | None = None
         self._cache: Any = None
@@ -158,9 +164,8 @@ class TensorRtNetwork(Network):
         if profile is None:
             raise BackendError(f"{self._path} was not built for inputs of {shapes}; {REBUILD}")
         context = self._context()
-        if self._scratch is None:
-            self._scratch = device.empty((max(int(engine.device_memory_size_v2), 1),), np.uint8)
-        context.set_device_memory(self._scratch.address, self._scratch.nbytes)
+        scratch = self._scratch_of(profile)
+        context.set_device_memory(scratch.address, scratch.nbytes)
         if not context.set_optimization_profile_async(profile, device.stream):
             raise BackendError(f"{self._path} refuses its profile {profile}; {REBUILD}")
         buffers = {}
@@ -173,6 +178,21 @@ class TensorRtNetwork(Network):
             context.set_tensor_address(name, buffers[name].address)
         device.wait()
         return _Call(context, buffers)
+
+    def _scratch_of(self, profile: int) -> CudaBuffer:
+        """Activation memory that is large enough for a profile; all contexts share it."""
+        device, old = self._device, self._scratch
+        assert device is not None
+        needed = max(int(self._engine.get_device_memory_size_for_profile_v2(profile)), 1)
+        if old is not None and old.nbytes >= needed:
+            return old
+        calls, self._calls, self._scratch = self._calls, {}, None  # none are left if there is not enough
+        if old is not None:
+            device.free([old])
+        self._scratch, self._calls = device.empty((needed,), np.uint8), calls
+        for call in calls.values():
+            call.context.set_device_memory(self._scratch.address, self._scratch.nbytes)
+        return self._scratch
 
     def _takes(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a profile's smallest and largest shape of an input are this one or lie around it."""
@@ -191,7 +211,8 @@ class TensorRtNetwork(Network):
         if config is None or not hasattr(config, "create_runtime_cache"):  # TensorRT itself
             return engine.create_execution_context(given)
         config.set_execution_context_allocation_strategy(given)
-        config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if self._captures:
+            config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             if self._cache_path.is_file():  # one of another GPU or release is refused, and made anew
