@@ -25,6 +25,7 @@ from uc3d_rt.backends.base import Backend, Network, Place, Resource, Sampler
 from uc3d_rt.backends.choice import Choice, choose, chosen_device
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
 from uc3d_rt.errors import BackendError, BundleError, UsageError
+from uc3d_rt.gpu_memory import ProcessMemory
 from uc3d_rt.ladder import LowMemory
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
 from uc3d_rt.sampler import ddim_steps
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import trimesh
 
     from uc3d_rt.cuda_device import CudaDevice
+    from uc3d_rt.device import Device
     from uc3d_rt.mesh.build import MeshOptions
     from uc3d_rt.neus.fit import FitOptions
 
@@ -49,7 +51,25 @@ _DECODE_CHUNK = 4  # latents a call; bounds the decoder's memory
 
 
 @dataclass(frozen=True)
-class Views:
+class _OnGpu:
+    """What all that ran on a GPU says of its memory.
+
+    Read at the end of each stage, before anything that is large is given back: arenas and pools do not
+    shrink while they are held, so that this is the most that the stage took.  All memory of the process
+    counts, with the CUDA context and the code of libraries, on the GPU where it has most.
+    """
+
+    gpu_mib: dict[str, int] = field(default_factory=dict, kw_only=True)
+    """MiB in use at most, a stage; empty on a CPU, and where NVML does not tell."""
+
+    @property
+    def gpu_peak_mib(self) -> int | None:
+        """MiB in use at most; None on a CPU, and where NVML does not tell."""
+        return max(self.gpu_mib.values(), default=None)
+
+
+@dataclass(frozen=True)
+class Views(_OnGpu):
     """The six generated views, azimuths 30 … 330 degrees."""
 
     color: FloatArray  # (6, H, W, 3), sRGB in [0, 1], white background
@@ -59,7 +79,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(_OnGpu):
     """All that one run makes."""
 
     views: Views
@@ -83,6 +103,7 @@ class Pipeline:
         choice: Choice | None = None,
         fit_device: str = "cpu",
         mesh_device: str = "cpu",
+        gpu_memory: ProcessMemory | None = None,
     ) -> None:
         self.bundle = bundle
         self.fit_device = fit_device
@@ -91,6 +112,8 @@ class Pipeline:
         self.manifest = manifest
         self._backend = backend
         self._held: dict[str, Resource] | None = None
+        self._gpu_memory = gpu_memory  # reads it; None on a CPU
+        self._clock = _Clock()  # of the run that goes on, or was the last
 
     @classmethod
     def from_bundle(
@@ -159,7 +182,8 @@ class Pipeline:
             )
         if asked == "auto":
             choice = replace(choice, reason=f"{why}; {choice.reason}", notable=True)
-        return cls(bundle, manifest, choice.backend, choice, str(fit_place), mesh_device)
+        gpu_memory = ProcessMemory.opened() if "cuda" in (places[0].kind, fit_place.kind) else None
+        return cls(bundle, manifest, choice.backend, choice, str(fit_place), mesh_device, gpu_memory)
 
     def __call__(
         self,
@@ -230,7 +254,7 @@ class Pipeline:
             first_step_to=usual.first_step_to if first_step_to is None else first_step_to,
         )
         self._check_sampling(sampling, seed)
-        clock = _Clock(on_progress)
+        self._clock = clock = _Clock(on_progress, self._gpu_memory)
         with clock.stage("preprocess"):
             given = preprocess(image, self.manifest.shape.image_px, focal_mm)
         with clock.stage("encode"):
@@ -239,7 +263,7 @@ class Pipeline:
             z_0 = self._diffuse(tokens, image_latent, given.focal, sampling, seed, tick)
         with clock.stage("decode") as tick:
             color, normal = self._decode(z_0, tick)
-        return Views(color, normal, clock.seconds, given.notes)
+        return Views(color, normal, clock.seconds, given.notes, gpu_mib=clock.gpu_mib)
 
     def reconstruct(
         self,
@@ -262,15 +286,16 @@ class Pipeline:
 
         fit_options = fit_options or FitOptions(seed=seed)
         mesh_options = mesh_options or MeshOptions()
-        clock = _Clock(on_progress)
+        self._clock = clock = _Clock(on_progress, self._gpu_memory)
         with ExitStack() as opened:
             with clock.stage("fit") as tick:
                 device = opened.enter_context(self._fit_device())
-                surface = fit(views.color, views.normal, fit_options, tick, device)
+                surface = fit(views.color, views.normal, fit_options, tick, self._counted(device))
             with clock.stage("mesh") as tick:
-                there = device if self.mesh_device != "cpu" else None
+                there = self._counted(device) if self.mesh_device != "cpu" else None
                 mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick, there)
-        return Result(views, mesh, {**views.timings, **clock.seconds}, views.notes)
+        seconds, gpu_mib = {**views.timings, **clock.seconds}, {**views.gpu_mib, **clock.gpu_mib}
+        return Result(views, mesh, seconds, views.notes, gpu_mib=gpu_mib)
 
     def __enter__(self) -> Pipeline:
         """Keep networks loaded until the `with` block ends, unless the rung of low memory frees them."""
@@ -368,10 +393,19 @@ class Pipeline:
         if self._held is None:
             with opened() as resource:
                 yield resource
+                self._clock.read_memory()
         else:
             if name not in self._held:
                 self._held[name] = opened()
             yield cast(Held, self._held[name])
+
+    def _counted(self, device: CudaDevice | None) -> Device | None:
+        """A device whose memory is read before any is given back."""
+        if device is None or self._gpu_memory is None:
+            return device
+        from uc3d_rt.counting_device import CountingDevice
+
+        return cast("Device", CountingDevice(device, self._clock.read_memory))
 
     def _check_sampling(self, sampling: SamplingDefaults, seed: int) -> None:
         most = self.manifest.schedule.train_steps
@@ -397,17 +431,26 @@ def default_bundle() -> Path:
 
 
 class _Clock:
-    """Times stages and passes progress on."""
+    """Times stages, reads the GPU's memory in them, and passes progress on."""
 
-    def __init__(self, on_progress: Progress | None) -> None:
+    def __init__(self, on_progress: Progress | None = None, gpu_memory: ProcessMemory | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.gpu_mib: dict[str, int] = {}
+        self._stage = ""
         self._on_progress = on_progress or (lambda stage, done, total: None)
+        self._gpu_memory = gpu_memory
+
+    def read_memory(self) -> None:
+        """Note what is in use now, if it is the stage's most so far."""
+        mib = None if self._gpu_memory is None else self._gpu_memory.mib()
+        if mib is not None:
+            self.gpu_mib[self._stage] = max(self.gpu_mib.get(self._stage, 0), mib)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
         """Time a stage; gives the function to tell `(done, total)`."""
         started = time.perf_counter()
-        told = False
+        self._stage, told = name, False
 
         def tick(done: int, total: int) -> None:
             nonlocal told
@@ -418,4 +461,5 @@ class _Clock:
         yield tick
         if not told:
             self._on_progress(name, 1, 1)
+        self.read_memory()
         self.seconds[name] = time.perf_counter() - started
