@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,9 @@ from numpy.typing import NDArray
 from uc3d_rt.backends.base import Backend, Network, Place, Resource, Sampler
 from uc3d_rt.backends.choice import Choice, choose, chosen_device
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
-from uc3d_rt.errors import BackendError, BundleError, UsageError
+from uc3d_rt.errors import BackendError, BundleError, OutOfMemoryError, UsageError
 from uc3d_rt.gpu_memory import ProcessMemory
-from uc3d_rt.ladder import LowMemory
+from uc3d_rt.ladder import LowMemory, lower_rungs
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
 from uc3d_rt.sampler import ddim_steps
 from uc3d_rt.views import decode_normals
@@ -217,6 +218,8 @@ class Pipeline:
 
         Raises:
             ImageError, UsageError, BundleError, BackendError, FitError: see `uc3d_rt.errors`.
+            OutOfMemoryError: saying what would fit; all that was held is freed, and the next call begins
+                anew.
         """
         views = self.views(
             image,
@@ -257,12 +260,13 @@ class Pipeline:
         self._clock = clock = _Clock(on_progress, self._gpu_memory)
         with clock.stage("preprocess"):
             given = preprocess(image, self.manifest.shape.image_px, focal_mm)
-        with clock.stage("encode"):
-            tokens, image_latent = self._encode(given)
-        with clock.stage("diffuse") as tick:
-            z_0 = self._diffuse(tokens, image_latent, given.focal, sampling, seed, tick)
-        with clock.stage("decode") as tick:
-            color, normal = self._decode(z_0, tick)
+        with self._memory_bound(self._network_mend):
+            with clock.stage("encode"):
+                tokens, image_latent = self._encode(given)
+            with clock.stage("diffuse") as tick:
+                z_0 = self._diffuse(tokens, image_latent, given.focal, sampling, seed, tick)
+            with clock.stage("decode") as tick:
+                color, normal = self._decode(z_0, tick)
         return Views(color, normal, clock.seconds, given.notes, gpu_mib=clock.gpu_mib)
 
     def reconstruct(
@@ -278,7 +282,7 @@ class Pipeline:
 
         Raises:
             FitError: the views hold no surface.
-            BackendError: the fit's device is not there, or fails.
+            BackendError: the fit's device is not there, or fails; OutOfMemoryError as `__call__`.
         """
         # numba compiles or loads its kernels here: not before the views are there.
         from uc3d_rt.mesh.build import MeshOptions, build_mesh
@@ -287,11 +291,15 @@ class Pipeline:
         fit_options = fit_options or FitOptions(seed=seed)
         mesh_options = mesh_options or MeshOptions()
         self._clock = clock = _Clock(on_progress, self._gpu_memory)
+        device: CudaDevice | None = None
         with ExitStack() as opened:
-            with clock.stage("fit") as tick:
+            with (
+                self._memory_bound(lambda: self._fit_mend(device, views, fit_options)),
+                clock.stage("fit") as tick,
+            ):
                 device = opened.enter_context(self._fit_device())
                 surface = fit(views.color, views.normal, fit_options, tick, self._counted(device))
-            with clock.stage("mesh") as tick:
+            with self._memory_bound(self._mesh_mend), clock.stage("mesh") as tick:
                 there = self._counted(device) if self.mesh_device != "cpu" else None
                 mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick, there)
         seconds, gpu_mib = {**views.timings, **clock.seconds}, {**views.gpu_mib, **clock.gpu_mib}
@@ -304,9 +312,8 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         """Free the networks."""
-        held, self._held = self._held or {}, None
-        for resource in held.values():
-            resource.close()
+        self._free_held()
+        self._held = None
 
     def _encode(self, given: Conditioning) -> tuple[FloatArray, FloatArray]:
         """Image tokens (1, tokens, dim) and E(y) (1, c, h, w)."""
@@ -399,6 +406,13 @@ class Pipeline:
                 self._held[name] = opened()
             yield cast(Held, self._held[name])
 
+    def _free_held(self) -> None:
+        held = list((self._held or {}).values())
+        if self._held:
+            self._held.clear()
+        for resource in held:
+            resource.close()
+
     def _counted(self, device: CudaDevice | None) -> Device | None:
         """A device whose memory is read before any is given back."""
         if device is None or self._gpu_memory is None:
@@ -406,6 +420,49 @@ class Pipeline:
         from uc3d_rt.counting_device import CountingDevice
 
         return cast("Device", CountingDevice(device, self._clock.read_memory))
+
+    @contextmanager
+    def _memory_bound(self, mend: Callable[[], str]) -> Iterator[None]:
+        """Where memory runs out, say what would fit, and free all that is held."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            told = mend()
+            self._free_held()
+            cause: BaseException | None = error
+            while cause is not None:  # its frames hold sessions and arrays for as long as the error lives
+                traceback.clear_frames(cause.__traceback__)
+                cause = cause.__cause__
+            raise OutOfMemoryError(error.what, told) from error
+
+    def _network_mend(self) -> str:
+        last = "no rung of --low-memory is left: free memory of the device, or use another with --device"
+        return lower_rungs(self._backend.low_memory) or last
+
+    def _fit_mend(self, device: CudaDevice | None, views: Views, options: FitOptions) -> str:
+        if device is None:  # it could not even be opened
+            return self._mends(["free memory of the GPU", "add --fit-device cpu"])
+        from uc3d_rt.neus.fit_memory import largest_resolution
+
+        free, _ = device.free_memory()
+        fits = largest_resolution(views.color, views.normal, options, free)
+        if fits is None:
+            smaller = f"no --resolution fits into the {free / 2**20:,.0f} MiB that are free"
+        else:
+            resolution, needed = fits
+            smaller = (
+                f"use --resolution {resolution}, the largest that would fit: its arrays take "
+                f"{needed / 2**20:,.0f} MiB of the {free / 2**20:,.0f} that are free"
+            )
+        return self._mends([smaller, "add --fit-device cpu"])
+
+    def _mesh_mend(self) -> str:
+        return self._mends(["use a smaller --resolution", "add --mesh-device cpu"])
+
+    def _mends(self, ways: list[str]) -> str:
+        """Ways out of too little memory for fit or mesh; to free networks comes first where they are held."""
+        held = len(self._held or {}) > ("fit device" in (self._held or {}))
+        return ", or ".join(["use --low-memory stages, which frees the networks first"] * held + ways)
 
     def _check_sampling(self, sampling: SamplingDefaults, seed: int) -> None:
         most = self.manifest.schedule.train_steps
