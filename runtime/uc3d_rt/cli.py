@@ -21,7 +21,7 @@ from uc3d_rt.mesh.writers import FORMATS
 if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
 
-    from uc3d_rt.pipeline import Views
+    from uc3d_rt.pipeline import Result, Views
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -177,8 +177,8 @@ def command(
         )
         export_mesh(result.mesh, output, mesh_format)
     if not quiet:
-        times = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.timings.items())
-        click.echo(f"{times} · total {sum(result.timings.values()):.1f} s", err=True)
+        for line in closing_lines(result):
+            click.echo(line, err=True)
         click.echo(f"wrote {output}: {len(result.mesh.faces):,} triangles", err=True)
 
 
@@ -231,6 +231,16 @@ def with_rungs(arguments: list[str]) -> list[str]:
         f"{given}={PLAIN.name}" if given == "--low-memory" and after not in names else given
         for given, after in zip(arguments, following, strict=True)
     ]
+
+
+def closing_lines(result: Result) -> list[str]:
+    """Seconds of the stages, and the most GPU memory that was in use, if it is known."""
+    times = " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.timings.items())
+    lines = [f"{times} · total {sum(result.timings.values()):.1f} s"]
+    if result.gpu_peak_mib is not None:
+        stage = next(name for name, mib in result.gpu_mib.items() if mib == result.gpu_peak_mib)
+        lines.append(f"GPU memory in use at most: {result.gpu_peak_mib:,} MiB, in {stage}")
+    return lines
 
 
 def check_output(output: Path, file_format: str | None) -> str:

@@ -293,7 +293,8 @@ class CudaDevice:
         self._call("cuStreamSynchronize", self._stream)
 
     def free_memory(self) -> tuple[int, int]:
-        """Bytes of the GPU that are free, and all."""
+        """Bytes of the GPU that are free once our pool has given back what it can, and all."""
+        self.trim()
         free, total = self._call("cuMemGetInfo")
         return int(free), int(total)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,8 +26,9 @@ from uc3d_rt.backends.base import Backend, Network, Place, Resource, Sampler
 from uc3d_rt.backends.choice import Choice, choose, chosen_device
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
 from uc3d_rt.device import Scope
-from uc3d_rt.errors import BackendError, BundleError, UsageError
-from uc3d_rt.ladder import LowMemory
+from uc3d_rt.errors import BackendError, BundleError, OutOfMemoryError, UsageError
+from uc3d_rt.gpu_memory import ProcessMemory
+from uc3d_rt.ladder import LowMemory, lower_rungs
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
 from uc3d_rt.sampler import ddim_steps
 from uc3d_rt.views import decode_normals
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     import trimesh
 
     from uc3d_rt.cuda_device import CudaDevice
+    from uc3d_rt.device import Device
     from uc3d_rt.mesh.build import MeshOptions
     from uc3d_rt.neus.field import DeviceField, Field
     from uc3d_rt.neus.fit import FitOptions
@@ -51,7 +54,25 @@ _DECODE_CHUNK = 4  # latents a call; bounds the decoder's memory
 
 
 @dataclass(frozen=True)
-class Views:
+class _OnGpu:
+    """What all that ran on a GPU says of its memory.
+
+    Read at the end of each stage, before anything that is large is given back: arenas and pools do not
+    shrink while they are held, so that this is the most that the stage took.  All memory of the process
+    counts, with the CUDA context and the code of libraries, on the GPU where it has most.
+    """
+
+    gpu_mib: dict[str, int] = field(default_factory=dict, kw_only=True)
+    """MiB in use at most, a stage; empty on a CPU, and where NVML does not tell."""
+
+    @property
+    def gpu_peak_mib(self) -> int | None:
+        """MiB in use at most; None on a CPU, and where NVML does not tell."""
+        return max(self.gpu_mib.values(), default=None)
+
+
+@dataclass(frozen=True)
+class Views(_OnGpu):
     """The six generated views, azimuths 30 … 330 degrees."""
 
     color: FloatArray  # (6, H, W, 3), sRGB in [0, 1], white background
@@ -61,7 +82,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(_OnGpu):
     """All that one run makes."""
 
     views: Views
@@ -85,6 +106,7 @@ class Pipeline:
         choice: Choice | None = None,
         fit_device: str = "cpu",
         mesh_device: str = "cpu",
+        gpu_memory: ProcessMemory | None = None,
     ) -> None:
         self.bundle = bundle
         self.fit_device = fit_device
@@ -93,6 +115,8 @@ class Pipeline:
         self.manifest = manifest
         self._backend = backend
         self._held: dict[str, Resource] | None = None
+        self._gpu_memory = gpu_memory  # reads it; None on a CPU
+        self._clock = _Clock()  # of the run that goes on, or was the last
 
     @classmethod
     def from_bundle(
@@ -162,7 +186,8 @@ class Pipeline:
             )
         if asked == "auto":
             choice = replace(choice, reason=f"{why}; {choice.reason}", notable=True)
-        return cls(bundle, manifest, choice.backend, choice, str(fit_place), mesh_device)
+        gpu_memory = ProcessMemory.opened() if "cuda" in (places[0].kind, fit_place.kind) else None
+        return cls(bundle, manifest, choice.backend, choice, str(fit_place), mesh_device, gpu_memory)
 
     def __call__(
         self,
@@ -196,6 +221,8 @@ class Pipeline:
 
         Raises:
             ImageError, UsageError, BundleError, BackendError, FitError: see `uc3d_rt.errors`.
+            OutOfMemoryError: saying what would fit; all that was held is freed, and the next call begins
+                anew.
         """
         views = self.views(
             image,
@@ -233,16 +260,17 @@ class Pipeline:
             first_step_to=usual.first_step_to if first_step_to is None else first_step_to,
         )
         self._check_sampling(sampling, seed)
-        clock = _Clock(on_progress)
+        self._clock = clock = _Clock(on_progress, self._gpu_memory)
         with clock.stage("preprocess"):
             given = preprocess(image, self.manifest.shape.image_px, focal_mm)
-        with clock.stage("encode"):
-            tokens, image_latent = self._encode(given)
-        with clock.stage("diffuse") as tick:
-            z_0 = self._diffuse(tokens, image_latent, given.focal, sampling, seed, tick)
-        with clock.stage("decode") as tick:
-            color, normal = self._decode(z_0, tick)
-        return Views(color, normal, clock.seconds, given.notes)
+        with self._memory_bound(self._network_mend):
+            with clock.stage("encode"):
+                tokens, image_latent = self._encode(given)
+            with clock.stage("diffuse") as tick:
+                z_0 = self._diffuse(tokens, image_latent, given.focal, sampling, seed, tick)
+            with clock.stage("decode") as tick:
+                color, normal = self._decode(z_0, tick)
+        return Views(color, normal, clock.seconds, given.notes, gpu_mib=clock.gpu_mib)
 
     def reconstruct(
         self,
@@ -257,7 +285,7 @@ class Pipeline:
 
         Raises:
             FitError: the views hold no surface.
-            BackendError: the fit's device is not there, or fails.
+            BackendError: the fit's device is not there, or fails; OutOfMemoryError as `__call__`.
         """
         # numba compiles or loads its kernels here: not before the views are there.
         from uc3d_rt.mesh.build import MeshOptions, build_mesh
@@ -265,22 +293,31 @@ class Pipeline:
 
         fit_options = fit_options or FitOptions(seed=seed)
         mesh_options = mesh_options or MeshOptions()
-        clock = _Clock(on_progress)
-        with ExitStack() as opened:
+        self._clock = clock = _Clock(on_progress, self._gpu_memory)
+        device: CudaDevice | None = None
+        fitted = False
+
+        def mend() -> str:
+            return self._mesh_mend() if fitted else self._fit_mend(device, views, fit_options)
+
+        with ExitStack() as opened, self._memory_bound(mend), ExitStack() as taken:
             surface: Field | DeviceField
+            scope: Device | None = None
             with clock.stage("fit") as tick:
                 device = opened.enter_context(self._fit_device())
-                if device is None or self.mesh_device == "cpu":
-                    surface = fit(views.color, views.normal, fit_options, tick, device)
-                    scope = None
+                counted = self._counted(device)
+                if counted is None or self.mesh_device == "cpu":
+                    surface = fit(views.color, views.normal, fit_options, tick, counted)
                 else:
                     from uc3d_rt.neus.device_fit import fit_on_device
 
-                    scope = opened.enter_context(Scope(device))
+                    scope = taken.enter_context(Scope(counted))
                     surface = fit_on_device(scope, views.color, views.normal, fit_options, tick)
+            fitted = True
             with clock.stage("mesh") as tick:
                 mesh = build_mesh(surface, views.color, views.normal, mesh_options, tick, scope)
-        return Result(views, mesh, {**views.timings, **clock.seconds}, views.notes)
+        seconds, gpu_mib = {**views.timings, **clock.seconds}, {**views.gpu_mib, **clock.gpu_mib}
+        return Result(views, mesh, seconds, views.notes, gpu_mib=gpu_mib)
 
     def __enter__(self) -> Pipeline:
         """Keep networks loaded until the `with` block ends, unless the rung of low memory frees them."""
@@ -289,9 +326,8 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         """Free the networks."""
-        held, self._held = self._held or {}, None
-        for resource in held.values():
-            resource.close()
+        self._free_held()
+        self._held = None
 
     def _encode(self, given: Conditioning) -> tuple[FloatArray, FloatArray]:
         """Image tokens (1, tokens, dim) and E(y) (1, c, h, w)."""
@@ -378,10 +414,69 @@ class Pipeline:
         if self._held is None:
             with opened() as resource:
                 yield resource
+                self._clock.read_memory()
         else:
             if name not in self._held:
                 self._held[name] = opened()
             yield cast(Held, self._held[name])
+
+    def _free_held(self) -> None:
+        held = list((self._held or {}).values())
+        if self._held:
+            self._held.clear()
+        for resource in held:
+            resource.close()
+
+    def _counted(self, device: CudaDevice | None) -> Device | None:
+        """A device whose memory is read before any is given back."""
+        if device is None or self._gpu_memory is None:
+            return device
+        from uc3d_rt.counting_device import CountingDevice
+
+        return cast("Device", CountingDevice(device, self._clock.read_memory))
+
+    @contextmanager
+    def _memory_bound(self, mend: Callable[[], str]) -> Iterator[None]:
+        """Where memory runs out, say what would fit, and free all that is held."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            told = mend()
+            self._free_held()
+            cause: BaseException | None = error
+            while cause is not None:  # its frames hold sessions and arrays for as long as the error lives
+                traceback.clear_frames(cause.__traceback__)
+                cause = cause.__cause__
+            raise OutOfMemoryError(error.what, told) from error
+
+    def _network_mend(self) -> str:
+        last = "no rung of --low-memory is left: free memory of the device, or use another with --device"
+        return lower_rungs(self._backend.low_memory) or last
+
+    def _fit_mend(self, device: CudaDevice | None, views: Views, options: FitOptions) -> str:
+        if device is None:  # it could not even be opened
+            return self._mends(["free memory of the GPU", "add --fit-device cpu"])
+        from uc3d_rt.neus.fit_memory import largest_resolution
+
+        free, _ = device.free_memory()
+        fits = largest_resolution(views.color, views.normal, options, free)
+        if fits is None:
+            smaller = f"no --resolution fits into the {free / 2**20:,.0f} MiB that are free"
+        else:
+            resolution, needed = fits
+            smaller = (
+                f"use --resolution {resolution}, the largest that would fit: its arrays take "
+                f"{needed / 2**20:,.0f} MiB of the {free / 2**20:,.0f} that are free"
+            )
+        return self._mends([smaller, "add --fit-device cpu"])
+
+    def _mesh_mend(self) -> str:
+        return self._mends(["use a smaller --resolution", "add --mesh-device cpu"])
+
+    def _mends(self, ways: list[str]) -> str:
+        """Ways out of too little memory for fit or mesh; to free networks comes first where they are held."""
+        held = len(self._held or {}) > ("fit device" in (self._held or {}))
+        return ", or ".join(["use --low-memory stages, which frees the networks first"] * held + ways)
 
     def _check_sampling(self, sampling: SamplingDefaults, seed: int) -> None:
         most = self.manifest.schedule.train_steps
@@ -407,17 +502,26 @@ def default_bundle() -> Path:
 
 
 class _Clock:
-    """Times stages and passes progress on."""
+    """Times stages, reads the GPU's memory in them, and passes progress on."""
 
-    def __init__(self, on_progress: Progress | None) -> None:
+    def __init__(self, on_progress: Progress | None = None, gpu_memory: ProcessMemory | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.gpu_mib: dict[str, int] = {}
+        self._stage = ""
         self._on_progress = on_progress or (lambda stage, done, total: None)
+        self._gpu_memory = gpu_memory
+
+    def read_memory(self) -> None:
+        """Note what is in use now, if it is the stage's most so far."""
+        mib = None if self._gpu_memory is None else self._gpu_memory.mib()
+        if mib is not None:
+            self.gpu_mib[self._stage] = max(self.gpu_mib.get(self._stage, 0), mib)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
         """Time a stage; gives the function to tell `(done, total)`."""
         started = time.perf_counter()
-        told = False
+        self._stage, told = name, False
 
         def tick(done: int, total: int) -> None:
             nonlocal told
@@ -428,4 +532,5 @@ class _Clock:
         yield tick
         if not told:
             self._on_progress(name, 1, 1)
+        self.read_memory()
         self.seconds[name] = time.perf_counter() - started

@@ -248,7 +248,7 @@ def test_the_last_rung_captures_no_cuda_graphs(
         for in_steps in (False, True):
             backend.session("unet_step_1", in_steps)
     assert [options.get("enable_cuda_graph") for options in asked] == [None, "1", None, None]
-    assert [options["cudnn_conv_algo_search"] for options in asked] == ["EXHAUSTIVE"] * 2 + ["HEURISTIC"] * 2
+    assert {options["cudnn_conv_algo_search"] for options in asked} == {"HEURISTIC"}
 
 
 def test_memory_that_runs_out_in_a_step(

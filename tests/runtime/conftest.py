@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.runtime.host_device import HostDevice, compiler
+from tests.runtime.host_device import HostDevice, OpenDevice, compiler
+from uc3d_rt import cuda_device
 from uc3d_rt.device import Device, Scope
 
 
@@ -27,3 +28,15 @@ def device(machine: Device) -> Iterator[Device]:
     """The same, all memory taken of it given back after the test."""
     with Scope(machine) as scope:
         yield scope
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list[OpenDevice]:
+    """Those that pipelines opened, in the place of GPUs."""
+    if compiler() is None:
+        pytest.skip("no C++ compiler")
+    OpenDevice.library_path = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    OpenDevice.opened, OpenDevice.limit = [], 2**40
+    monkeypatch.setattr(cuda_device, "CudaDevice", OpenDevice)
+    monkeypatch.setattr(cuda_device, "cuda_driver", lambda ordinal: None)
+    return OpenDevice.opened

@@ -1,6 +1,7 @@
 """The kernels of `uc3d_rt/cuda` compiled as plain C++: they run where no GPU is, a thread at a time."""
 
 import ctypes
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 
 import uc3d_rt
 from uc3d_rt.device import Device, Launch, uploaded
+from uc3d_rt.errors import BackendError, OutOfMemoryError
 from uc3d_rt.neus.device_views import DevicePixels
 from uc3d_rt.neus.rays import Pixels
 
@@ -107,3 +109,48 @@ class HostDevice:
 
     def forget(self, captured: Sequence[list[Callable[[], None]]]) -> None:
         self.live -= len(captured)
+
+
+class OpenDevice(HostDevice):
+    """The stand-in as the pipeline opens and closes it."""
+
+    opened: list["OpenDevice"] = []
+    library_path: Path
+    limit = 2**40
+    """Bytes that it has."""
+
+    def __init__(self, ordinal: int = 0) -> None:
+        super().__init__(self.library_path)
+        self.ordinal = ordinal
+        self.closed, self.fails_at, self.bytes = False, "", 0
+        self.opened.append(self)
+
+    def __enter__(self) -> "OpenDevice":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def empty(self, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if self.bytes + nbytes > self.limit:
+            raise OutOfMemoryError("cuMemAlloc failed on the GPU: CUDA_ERROR_OUT_OF_MEMORY", "free memory")
+        self.bytes += nbytes
+        return super().empty(shape, dtype)
+
+    def free(self, buffers: Sequence[np.ndarray]) -> None:
+        self.bytes -= sum(buffer.nbytes for buffer in buffers)
+        super().free(buffers)
+
+    def free_memory(self) -> tuple[int, int]:
+        return self.limit - self.bytes, self.limit
+
+    def close(self) -> None:
+        assert not self.closed and self.live == 0, f"{self.live} buffers were never given back"
+        self.closed = True
+
+    def launch(self, kernel: str, threads: int, *arguments: np.ndarray | np.generic | None) -> None:
+        assert not self.closed
+        if kernel == self.fails_at:
+            raise BackendError("the GPU has no memory left")
+        super().launch(kernel, threads, *arguments)

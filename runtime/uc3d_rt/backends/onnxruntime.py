@@ -21,7 +21,7 @@ FloatArray = NDArray[np.float32]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NO_MORE_THAN_ASKED = {"arena_extend_strategy": "kSameAsRequested"}  # else powers of two
-_SMALL_WORKSPACES = {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "0"}
+_NO_TRIALS = {"cudnn_conv_algo_search": "HEURISTIC"}  # of algorithms, which take memory while they are tried
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 _NO_MEMORY = re.compile(
     r"failed to allocate memory|out of memory|_alloc_failed|bad.alloc|smaller than requested bytes",
@@ -116,7 +116,7 @@ def provider_options(device: str, usual: dict[str, str], low_memory: Rung) -> di
     if Place.named(device).kind == "cpu":
         return {}
     least = _NO_MORE_THAN_ASKED if low_memory.frees_stages else {}
-    return usual | least | (_SMALL_WORKSPACES if low_memory.small_buffers else {})
+    return usual | least | (_NO_TRIALS if low_memory.small_buffers else {})
 
 
 def check_provider(device: str) -> str:

@@ -350,22 +350,28 @@ def fit_on_device(
     """
     if min(options.keep_rgb, options.keep_normal, options.keep_mask) < 1.0:
         raise FitError("keep_rgb, keep_normal and keep_mask below 1 work on the CPU only; use --device cpu")
-    shape = (options.stages[-1][0],) * 3
-    field = DeviceField(device, device.empty(shape, np.float32), device.empty((*shape, 3), np.float32))
+    field = empty_field(device, options)
     with Scope(device) as scope:
         images = images_on_device(scope, color, normal)
-        _fit_stages(scope, images, options, field, on_progress or (lambda done, total: None))
+        fit_images(scope, images, options, field, on_progress or (lambda done, total: None))
         device.wait()  # errors of kernels show here
     return field
 
 
-def _fit_stages(
+def empty_field(device: Device, options: FitOptions) -> DeviceField:
+    """Memory for what a fit makes."""
+    shape = (options.resolution,) * 3
+    return DeviceField(device, device.empty(shape, np.float32), device.empty((*shape, 3), np.float32))
+
+
+def fit_images(
     device: Device,
     images: DeviceImages,
     options: FitOptions,
     field: DeviceField,
     on_progress: Callable[[int, int], None],
 ) -> None:
+    """Fill a field from views; arguments and errors as `fit_on_device`."""
     from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME
 
     distance, near = outlines_on_device(device, images)

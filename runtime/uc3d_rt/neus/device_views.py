@@ -70,6 +70,7 @@ def images_on_device(device: Device, color: FloatArray, normal: FloatArray) -> D
         found = cleared(scratch, (2,), np.int32)
         device.launch("unit_normals", images.count, *given, np.int32(images.count), unit, mask, found)
         foreground, bad = (int(value) for value in scratch.download(found))
+    device.free([given[1]])
     check_content(not bad, foreground)
     return images
 
