@@ -15,9 +15,10 @@ measures that mesh:
   the mesh and for the visual hull that the fit starts from;
 - seconds of fit + mesh, the first object run once before to warm up.
 
---peers measures others on the same views in the same run: the fit on the CPU, where --device is a GPU,
-and NeuS with networks in place of the grid (`neus_reference.py`, by PyTorch, on the same kind of device),
-once with a mesh of its own, marching cubes and the network's normals, and once with our mesh of its field.
+--peers measures others on the same views in the same run: the fit on the CPU, where --device is a GPU
+("cpu"), and NeuS with networks in place of the grid (`neus_reference.py`, by PyTorch, on the same kind of
+device), once with a mesh of its own, marching cubes and the network's normals, and once with our mesh of
+its field ("networks"); both, unless one is named.
 
 Exits with 1 if any mesh of ours is not watertight and consistently wound.
 """
@@ -105,7 +106,7 @@ def our_builder(
             fitted = time.perf_counter()
             mesh = build_mesh(field, color, normal, mesh_options, device=scope)
             built = time.perf_counter()
-        iterations = sum(count for _, count in options.stages)
+        iterations = options.total_iterations
         return [Built(by, mesh, fitted - started, built - fitted, iterations)]
 
     return build
@@ -211,7 +212,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="of the fit and of the surface"
     )
-    parser.add_argument("--peers", action="store_true", help="measure others beside")
+    parser.add_argument(
+        "--peers", nargs="?", choices=["all", "cpu", "networks"], const="all", help="measure others beside"
+    )
     peers = parser.add_argument_group("of the networks, with --peers")
     peers.add_argument("--reference-iterations", type=int, default=1000)
     peers.add_argument("--reference-rays", type=int, default=512)
@@ -221,6 +224,8 @@ def parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.limit < 1:
         parser.error(f"--limit must be at least 1, got {arguments.limit}")
+    if arguments.peers == "cpu" and arguments.device == "cpu":
+        parser.error("--peers cpu measures the CPU beside a GPU; add --device cuda")
     return arguments
 
 
@@ -238,6 +243,10 @@ def truths_of(arguments: argparse.Namespace) -> Iterator[GroundTruth]:
 
 def peers_of(arguments: argparse.Namespace, options: FitOptions, mesh_options: MeshOptions) -> list[Builder]:
     """What is measured beside ours, warmed up but for compiled code that depends on the views."""
+    wanted = arguments.device == "cuda" and arguments.peers in ("all", "cpu")
+    on_cpu = [our_builder("fit-cpu", options, mesh_options, None)] if wanted else []
+    if arguments.peers == "cpu":
+        return on_cpu
     import torch
 
     from benchmarks.neus_reference import ReferenceOptions, fit_reference
@@ -267,8 +276,7 @@ def peers_of(arguments: argparse.Namespace, options: FitOptions, mesh_options: M
         mesh = build_mesh(found.field, color, normal, mesh_options)
         return [own, replace(own, by="networks-our-mesh", mesh=mesh, mesh_s=time.perf_counter() - started)]
 
-    on_cpu = [our_builder("fit-cpu", options, mesh_options, None)]
-    return [*(on_cpu if arguments.device == "cuda" else []), networks]
+    return [*on_cpu, networks]
 
 
 def main() -> int:
@@ -290,7 +298,7 @@ def main() -> int:
     rows: list[Row] = []
     for truth in truths_of(arguments):
         if not rows:
-            for build in [*builders, *(peers[:-1])]:
+            for build in [*builders, *(peers if arguments.peers == "cpu" else peers[:-1])]:
                 build(truth.color, truth.normal)  # compiles
             print(f"{'object':40s}     IoU  normal  Chamfer     hull   fit s mesh s faces parts  by")
         for row in measure(truth, [*builders, *peers], options.resolution, arguments.out):

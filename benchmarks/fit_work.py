@@ -43,6 +43,7 @@ GROUPS = {
     "relax": "distance",
     "refine": "next grid",
     "resample": "next grid",
+    "view_loss": "choice of start",
 }
 """Of kernels, within a stage; what comes before the first stage is "hull and carving"."""
 

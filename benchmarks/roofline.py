@@ -20,7 +20,7 @@ What one launch left in the L2 cache for the next need not be moved again, so a 
 One iteration under Nsight Compute (counting from 1, here the tenth on the finest grid):
 
     ncu --profile-from-start off --set full -o iteration \\
-        python benchmarks/roofline.py --views views.npz --device cuda --profile 80
+        python benchmarks/roofline.py --views views.npz --device cuda --profile 260
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ def main() -> int:
     parser.add_argument("--profile", type=int, metavar="ITERATION", help="this one alone, for a profiler")
     arguments = parser.parse_args()
     options = FitOptions(resolution=arguments.resolution)
-    last = sum(count for _, count in options.stages)
+    last = options.total_iterations
     if arguments.profile is not None and not 2 <= arguments.profile <= last:
         parser.error(f"--profile must be an iteration from 2 to {last}, got {arguments.profile}")
     truths = load_truths(arguments.views, arguments.limit, spread=True)

@@ -24,7 +24,7 @@ COARSE = ("--resolution", "32")
 
 @pytest.fixture(autouse=True)
 def little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    few = partial(FitOptions, iterations=(5, 5), rays_per_iteration=2000)
+    few = partial(FitOptions, iterations=(5, 5), blurred_iterations=(2, 2), rays_per_iteration=2000)
     monkeypatch.setattr(benchmark, "FitOptions", few)
     torch.set_num_threads(1)
     before = numba.get_num_threads()
@@ -82,7 +82,7 @@ def test_networks_are_measured_beside(
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["by"] for row in results["rows"]] == ["fit-cpu", "networks", "networks-our-mesh"]
     ours, networks, other = (results["means"][row["by"]] for row in results["rows"])
-    assert ours["iterations"] == 10 and networks["iterations"] == other["iterations"] == 1
+    assert ours["iterations"] == 14 and networks["iterations"] == other["iterations"] == 1
     assert ours["iou"] > networks["iou"] > 0.2  # a sphere
     assert networks["fit_s_median"] == other["fit_s_median"] > 0.0
     printed = capsys.readouterr().out

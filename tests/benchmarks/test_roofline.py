@@ -22,14 +22,16 @@ from benchmarks.fit_work import (
     with_neighbours,
 )
 from tests.conftest import ellipsoid_views
-from tests.runtime.host_device import SOURCES, HostDevice, compiler, uploaded_pixels
+from tests.runtime.host_device import SOURCES, HostDevice, compiler, stage_of, uploaded_pixels
 from uc3d_rt.device import Scope, uploaded
 from uc3d_rt.neus.device_fit import DeviceState, iterate, turns_of
 from uc3d_rt.neus.fit import FitOptions, check_views, fit
 from uc3d_rt.neus.rays import Pixels, select_pixels, trace_rays
 from uc3d_rt.neus.render import MAX_SAMPLES, _march
 
-OPTIONS = FitOptions(resolution=32, iterations=(3, 7), rays_per_iteration=1000, carve_steps=1)
+OPTIONS = FitOptions(
+    resolution=32, iterations=(3, 7), blurred_iterations=(2, 4), rays_per_iteration=1000, carve_steps=1
+)
 
 COUNTING = """
 #include "host.h"
@@ -63,6 +65,7 @@ static Number fabsf(Number a) { return a.v < 0 ? -a : a; }
 static Number floorf(Number a) { return std::floor(a.v); }
 static Number sqrtf(Number a) { ++operations; return std::sqrt(a.v); }
 static Number expf(Number a) { ++operations; return std::exp(a.v); }
+static Number logf(Number a) { ++operations; return std::log(a.v); }
 #define float Number
 #include "render.cu"
 #include "optimize.cu"
@@ -144,9 +147,10 @@ def test_counting_changes_nothing(host: CountingHost) -> None:
 
 
 def test_stages_are_told_apart(counted: Counted) -> None:
-    assert counted.iterations == {"16": 3, "32": 7}
+    assert counted.iterations == {"16": 3 + 2 + 4, "32": 7}
     groups = {"rays", "regularise", "adam", "density", "near nodes", "distance"}
     assert {group for stage, group in counted.work if stage == "16"} >= groups
+    assert ("16", "choice of start") in counted.work
     assert ("32", "next grid") in counted.work and ("start", "hull and carving") in counted.work
     for stage, nodes in (("16", 16), ("32", 32)):
         rays = counted.rays[stage]
@@ -216,7 +220,7 @@ def test_nodes_that_gradients_reach_are_those_marked(host: CountingHost) -> None
     """One launch of the rays leaves gradients where the count says, and nowhere else."""
     pixels, sdf = scene(40)
     with Scope(host) as scope:
-        state = DeviceState(scope, uploaded(scope, sdf), 3.0)
+        state = DeviceState(scope, uploaded(scope, sdf), stage_of(40, 3.0))
         state.sdf, state.color = (
             uploaded(scope, sdf),
             uploaded(scope, np.full((40, 40, 40, 3), 0.4, np.float32)),
@@ -226,7 +230,7 @@ def test_nodes_that_gradients_reach_are_those_marked(host: CountingHost) -> None
         left: list[np.ndarray] = []
         state.step = lambda *_: left.append(np.array(state.d_color))  # type: ignore[method-assign]
         stride = ray_arguments(pixels, 40)[1]
-        turns = uploaded(scope, turns_of(OPTIONS, 0, 3, stride).view(np.uint8))
+        turns = uploaded(scope, turns_of(OPTIONS, stage_of(40, 3.0, iterations=3), stride).view(np.uint8))
         iterate(state, uploaded_pixels(scope, pixels), 48, OPTIONS, turns, stride)
     reached = (left[0] != 0).any(-1)
     work = counted.work["start", "hull and carving"]

@@ -13,6 +13,7 @@ import uc3d_rt
 from uc3d_rt.device import Device, Launch, uploaded
 from uc3d_rt.errors import BackendError, OutOfMemoryError
 from uc3d_rt.neus.device_views import DevicePixels
+from uc3d_rt.neus.fit import FitOptions, Stage
 from uc3d_rt.neus.rays import Pixels
 
 SOURCES = Path(uc3d_rt.__file__).parent / "cuda"
@@ -28,6 +29,11 @@ def uploaded_pixels(device: Device, pixels: Pixels) -> DevicePixels:
     arrays = (pixels.origin, pixels.direction, pixels.color, pixels.normal, pixels.mask)
     origin, direction, color, normal, mask = (uploaded(device, array) for array in arrays)
     return DevicePixels(len(pixels.mask), (origin, direction), (color, normal, mask))
+
+
+def stage_of(resolution: int, inv_s: float = 2.0, iterations: int = 1) -> Stage:
+    """A stage on one grid."""
+    return Stage(resolution, iterations, 0, (inv_s, *FitOptions().inv_s_range), rays=1000)
 
 
 class HostDevice:

@@ -8,7 +8,7 @@ import pytest
 from scipy.ndimage import maximum_filter
 
 from tests.runtime import analytic
-from tests.runtime.host_device import HostDevice, uploaded_pixels
+from tests.runtime.host_device import HostDevice, stage_of, uploaded_pixels
 from uc3d_rt.device import Device, Scope, uploaded
 from uc3d_rt.errors import BackendError, FitError
 from uc3d_rt.neus import carve as twin
@@ -222,7 +222,7 @@ def test_move_nodes(scope: Scope, pixels: Pixels, sdf: np.ndarray, hull: np.ndar
 
 def test_initial_colors(scope: Scope, views: Views, sdf: np.ndarray) -> None:
     color, normal, masks = views
-    state = DeviceState(scope, uploaded(scope, sdf), 2.0)
+    state = DeviceState(scope, uploaded(scope, sdf), stage_of(sdf.shape[0]))
     scope.upload(sdf, state.sdf)
     initial_colors(state, images_on_device(scope, color, normal))
     expected = fit_twin.initial_colors(sdf, color, masks)
@@ -238,7 +238,7 @@ def test_carve(scope: Scope, views: Views, pixels: Pixels, hull: np.ndarray, ste
     expected = twin.carve(start, pixels, SIZE_PX, steps)
     found = []
     for shown in (pixels, reordered(pixels)[1]):
-        state = DeviceState(scope, uploaded(scope, hull), 2.0)
+        state = DeviceState(scope, uploaded(scope, hull), stage_of(hull.shape[0]))
         carve(state, uploaded_pixels(scope, shown), SIZE_PX, steps)
         found.append(scope.download(state.sdf))
         np.testing.assert_allclose(scope.download(state.start), start, atol=1e-3)
@@ -253,7 +253,7 @@ def test_carve(scope: Scope, views: Views, pixels: Pixels, hull: np.ndarray, ste
 def test_a_fit_of_other_threads_in_another_order_gives_the_same_bytes(machine: Device, views: Views) -> None:
     if not isinstance(machine, HostDevice):
         pytest.skip("the stand-in's order can be chosen")
-    options = FitOptions(resolution=64, iterations=(3, 3), rays_per_iteration=2000)
+    options = FitOptions(resolution=64, iterations=(3, 3), blurred_iterations=(2, 2), rays_per_iteration=2000)
     found = []
     try:
         for machine.blocks in ((0,), (3, 0, 6, 2, 4, 1, 5)):

@@ -7,12 +7,22 @@ import pytest
 from scipy.spatial import cKDTree
 
 from tests.runtime import analytic
-from tests.runtime.host_device import HostDevice
+from tests.runtime.host_device import HostDevice, stage_of, uploaded_pixels
 from uc3d_rt.device import Device, cleared, uploaded
 from uc3d_rt.errors import FitError
 from uc3d_rt.mesh.extract import extract_surface
+from uc3d_rt.neus import fit as fit_twin
 from uc3d_rt.neus.adam import adam_step
-from uc3d_rt.neus.device_fit import PROGRESS, RAY_LANES, TURN, DeviceHull, DeviceState, refined, turns_of
+from uc3d_rt.neus.device_fit import (
+    PROGRESS,
+    RAY_LANES,
+    TURN,
+    DeviceHull,
+    DeviceState,
+    refined,
+    turns_of,
+    view_loss,
+)
 from uc3d_rt.neus.device_views import (
     images_on_device,
     merged_on_device,
@@ -116,7 +126,7 @@ def test_fit_rays(device: Device, sdf: np.ndarray, pixels: Pixels) -> None:
     d_sdf, d_color, d_inv_s = np.zeros_like(sdf), np.zeros_like(color), np.zeros(R - 1)
     render_rays_backward(sdf, color, inv_s, *traced, *how, d_out, d_sdf, d_color, d_inv_s)
 
-    state = DeviceState(device, uploaded(device, sdf), inv_s)
+    state = DeviceState(device, uploaded(device, sdf), stage_of(R, inv_s))
     device.upload(sdf, state.sdf)
     device.upload(color, state.color)
     turns = np.zeros(3, TURN)
@@ -141,11 +151,29 @@ def test_fit_rays(device: Device, sdf: np.ndarray, pixels: Pixels) -> None:
     state.free()
 
 
+def test_view_loss(device: Device, sdf: np.ndarray, pixels: Pixels) -> None:
+    options = FitOptions(resolution=R)
+    color = np.random.default_rng(1).random((R, R, R, 3), dtype=np.float32)
+    losses = []
+    for inv_s, bent in ((2.0, sdf), (0.7, sdf), (2.0, sdf + 1.5 * np.sin(np.arange(R, dtype=np.float32)))):
+        stage = stage_of(R, inv_s)
+        state = DeviceState(device, uploaded(device, sdf), stage)
+        device.upload(bent, state.sdf)
+        device.upload(color, state.color)
+        expected = fit_twin.view_loss(fit_twin._State(sdf, bent, color, stage), pixels, options)
+        found = view_loss(state, uploaded_pixels(device, pixels), options)
+        assert found == pytest.approx(expected, rel=1e-3)
+        losses.append(found)
+        state.keep_field()
+        state.free()
+    assert losses[2] > 1.1 * losses[0]
+
+
 def test_regularize_and_adam_step(device: Device, sdf: np.ndarray) -> None:
     options = FitOptions(resolution=R)
     rng = np.random.default_rng(2)
     color, d_sdf, d_color = (rng.standard_normal((R, R, R, c)).astype(np.float32) for c in (3, 1, 3))
-    state = DeviceState(device, uploaded(device, sdf), 3.0)
+    state = DeviceState(device, uploaded(device, sdf), stage_of(R, 3.0))
     device.upload(sdf, state.sdf)
     device.upload(color, state.color)
     state.near_nodes(options)
@@ -163,7 +191,7 @@ def test_regularize_and_adam_step(device: Device, sdf: np.ndarray) -> None:
     expected, colors = sdf.copy(), color.copy().reshape(-1, 3)
     moments = [np.zeros((R**3, c), np.float32) for c in (1, 1, 3, 3)]
     laplacian = np.zeros(R**3, np.float32)
-    turns = turns_of(options, 0, 3, 5)
+    turns = turns_of(options, stage_of(R, 3.0, iterations=3), 5)
     assert [round(float(rate), 6) for rate in turns["rate"]] == [1.0, round(options.final_rate**0.5, 6), 0.15]
     uploaded_turns = uploaded(device, turns.view(np.uint8))
     for step in (1, 2):
@@ -189,7 +217,7 @@ def test_regularize_and_adam_step(device: Device, sdf: np.ndarray) -> None:
 )
 def test_restore_distance(device: Device, sdf: np.ndarray, source: str, target: str) -> None:
     bad = sdf * np.float32(1.7)
-    state = DeviceState(device, uploaded(device, sdf), 2.0)
+    state = DeviceState(device, uploaded(device, sdf), stage_of(R))
     device.upload(bad, getattr(state, source))
     state.restore_distance(getattr(state, source), getattr(state, target))
     expected = bad.copy()
@@ -206,10 +234,10 @@ def test_refine(device: Device, sdf: np.ndarray) -> None:
     color = rng.random((R, R, R, 3), dtype=np.float32)
     before = sdf - np.float32(0.8)
     start = resample(before, 2 * R) * 2
-    coarse = DeviceState(device, uploaded(device, before), 2.0)
+    coarse = DeviceState(device, uploaded(device, before), stage_of(R))
     device.upload(sdf, coarse.sdf)
     device.upload(color, coarse.color)
-    fine = refined(device, coarse, uploaded(device, start), 2.0)
+    fine = refined(device, coarse, uploaded(device, start), stage_of(2 * R))
     expected = start + 2 * resample(np.maximum(sdf - before, 0.0), 2 * R) * thickness_weight(start)
     np.testing.assert_allclose(device.download(fine.sdf), expected, atol=1e-5)
     np.testing.assert_allclose(device.download(fine.color), resample(color, 2 * R), atol=1e-5)
@@ -289,14 +317,18 @@ def test_outlines_and_pixels_on_device(device: Device) -> None:
     np.testing.assert_allclose(found[orders[0]], wanted[orders[1]], atol=1e-6)
 
 
-def test_fit_on_a_device_is_the_fit_on_the_cpu(device: Device) -> None:
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_fit_on_a_device_is_the_fit_on_the_cpu(device: Device, share: float) -> None:
     color, normal = analytic.six_views(analytic.asymmetric(), 96)
-    options = FitOptions(resolution=48, iterations=(15, 20), rays_per_iteration=5000)
+    options = FitOptions(
+        resolution=48, iterations=(15, 20), blurred_iterations=(10, 5), second_start_loss=share,
+        rays_per_iteration=5000,
+    )  # fmt: skip
     steps: list[tuple[int, int]] = []
     found = [fit(color, normal, options, lambda *at: steps.append(at), device=device) for _ in range(2)]
     assert found[0].sdf.tobytes() == found[1].sdf.tobytes()
     assert found[0].color.tobytes() == found[1].color.tobytes()
-    assert steps == [(k, 35) for k in range(1, 36)] * 2
+    assert steps == [(k, 50) for k in range(1, 51)] * 2
     # Rays are drawn from other random numbers than on the CPU: as near to it as its own seeds are.
     expected, other = (fit(color, normal, replace(options, seed=seed)) for seed in (0, 1))
     near = np.abs(expected.sdf) < expected.voxel
@@ -326,7 +358,7 @@ def test_a_fit_of_one_stage(device: Device) -> None:
 
 def test_a_fit_without_iterations_is_the_carved_hull(device: Device) -> None:
     color, normal = analytic.six_views(analytic.asymmetric(), 64)
-    options = FitOptions(resolution=32, iterations=(0, 0))
+    options = FitOptions(resolution=32, iterations=(0, 0), blurred_iterations=(0, 0))
     found, expected = (fit(color, normal, options, device=where) for where in (device, None))
     near = np.abs(expected.sdf) < expected.voxel
     np.testing.assert_allclose(found.sdf[near], expected.sdf[near], atol=0.02 * expected.voxel)
@@ -337,5 +369,10 @@ def test_a_fit_frees_what_it_took(machine: Device) -> None:
         pytest.skip("counted on the stand-in")
     color, normal = analytic.six_views(analytic.sphere((0, 0, 0), 0.6), 48)
     before = machine.live
-    fit(color, normal, FitOptions(resolution=32, iterations=(2, 2), rays_per_iteration=1000), device=machine)
-    assert machine.live == before
+    for share in (0.0, 1.0):  # the first start goes on, or perhaps the second
+        options = FitOptions(
+            resolution=32, iterations=(2, 2), blurred_iterations=(1, 1), second_start_loss=share,
+            rays_per_iteration=1000,
+        )  # fmt: skip
+        fit(color, normal, options, device=machine)
+        assert machine.live == before

@@ -18,7 +18,7 @@ from uc3d_rt.gpu_memory import ProcessMemory
 from uc3d_rt.neus.fit import FitOptions
 from uc3d_rt.pipeline import STAGES, Pipeline
 
-FAST = FitOptions(resolution=32, iterations=(4, 4))
+FAST = FitOptions(resolution=32, iterations=(4, 4), blurred_iterations=(4, 4))
 MIB = 2**20
 SOURCE = """
 typedef struct {

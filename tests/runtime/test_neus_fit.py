@@ -1,5 +1,8 @@
 """The fit against closed forms, its determinism, its errors, and views that contradict each other."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,7 @@ from uc3d_rt.mesh.raster import render_normals
 from uc3d_rt.mesh.surface import Surface, is_closed, signed_volumes, vertex_normals
 from uc3d_rt.neus.carve import carve
 from uc3d_rt.neus.field import Field, node_coordinates, resample
-from uc3d_rt.neus.fit import FitOptions, fit
+from uc3d_rt.neus.fit import FitOptions, Stage, _State, fit
 from uc3d_rt.neus.hull import hull_sdf
 from uc3d_rt.neus.rays import select_pixels
 from uc3d_rt.neus.redistance import restore_distance
@@ -95,11 +98,69 @@ def test_fit_reports_progress_and_empty_views() -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def grids(stages: tuple[Stage, ...]) -> list[tuple[int, int]]:
+    return [(stage.resolution, stage.iterations) for stage in stages]
+
+
 def test_stages_too_coarse_are_left_out() -> None:
-    assert FitOptions(resolution=160, iterations=(1, 2, 3, 4)).stages == ((20, 1), (40, 2), (80, 3), (160, 4))
-    assert FitOptions(resolution=64, iterations=(1, 2, 3, 4)).stages == ((16, 2), (32, 3), (64, 4))
-    assert FitOptions(resolution=100, iterations=(1, 2, 3, 4)).stages == ((25, 2), (50, 3), (100, 4))
-    assert FitOptions(resolution=33, iterations=(1, 2, 3, 4)).stages == ((33, 4),)
+    options = partial(FitOptions, iterations=(1, 2, 3, 4))
+    assert grids(options(resolution=160).stages) == [(20, 1), (40, 2), (80, 3), (160, 4)]
+    assert grids(options(resolution=64).stages) == [(16, 2), (32, 3), (64, 4)]
+    assert grids(options(resolution=100).stages) == [(25, 2), (50, 3), (100, 4)]
+    assert grids(options(resolution=33).stages) == [(33, 4)]
+
+
+def test_the_second_start_begins_coarse_and_blurred_and_ends_where_the_first_does() -> None:
+    options = partial(FitOptions, iterations=(1, 2, 3), blurred_iterations=(8, 6))
+    assert grids(options(resolution=160).blurred_stages) == [(40, 8), (40, 6), (80, 2)]
+    assert grids(options(resolution=256).blurred_stages) == [(32, 8), (64, 6), (128, 2)]
+    assert grids(options(resolution=512).blurred_stages) == [(32, 8), (64, 6), (128, 6), (256, 2)]
+    assert grids(options(resolution=100).blurred_stages) == [(25, 8), (25, 6), (50, 2)]
+    assert grids(options(resolution=66).blurred_stages) == [(33, 8), (33, 6)]
+    assert options(resolution=33).blurred_stages == ()  # a single stage: nothing to compare before
+    assert options(resolution=160, blurred_iterations=(0, 6)).blurred_stages == ()
+    for resolution in (100, 160, 256, 512):
+        found = options(resolution=resolution)
+        both = (*found.stages, *found.blurred_stages)
+        assert len({stage.number for stage in both}) == len(both)
+        assert found.total_iterations == sum(stage.iterations for stage in both)
+        blurred, *sharp = found.blurred_stages
+        in_world = [inv_s * blurred.resolution / 2 for inv_s in blurred.inv_s]
+        assert in_world == pytest.approx([16.0, 12.0, 48.0])
+        assert {stage.inv_s for stage in sharp} == {(2.0, 1.5, 6.0)}
+
+
+def test_the_start_whose_views_are_nearer_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    color, normal = analytic.six_views(analytic.asymmetric(), 64)
+    options = FitOptions(
+        resolution=32, iterations=(4, 4), blurred_iterations=(6, 4), rays_per_iteration=2000,
+        second_start_loss=0.9,
+    )  # fmt: skip
+    alone = fit(color, normal, replace(options, blurred_iterations=(0, 0)))
+    monkeypatch.setattr("uc3d_rt.neus.fit.view_loss", lambda state, *_: 1.0)
+    assert fit(color, normal, options).sdf.tobytes() == alone.sdf.tobytes()
+    numbers = []
+
+    def preferred(state: _State, *_: object) -> float:
+        numbers.append(state.stage.number)
+        return {0: 1.0, 3: 0.89}[state.stage.number]
+
+    monkeypatch.setattr("uc3d_rt.neus.fit.view_loss", preferred)
+    found = fit(color, normal, options)
+    assert numbers == [0, 3]
+    assert found.sdf.tobytes() != alone.sdf.tobytes()
+    monkeypatch.setattr("uc3d_rt.neus.fit.view_loss", lambda state, *_: float(state.stage.number == 0))
+    assert found.sdf.tobytes() == fit(color, normal, options).sdf.tobytes()
+
+
+def test_the_second_start_finds_the_surface_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uc3d_rt.neus.fit.view_loss", lambda state, *_: float(state.stage.number == 0))
+    centre, radius = np.array([0.1, -0.05, 0.15]), 0.6
+    color, normal = analytic.six_views(analytic.sphere(tuple(centre), radius), 64)
+    options = FitOptions(resolution=48, iterations=(20, 20), rays_per_iteration=4000)
+    surface = extract_surface(fit(color, normal, options), 0.05)
+    distance = np.linalg.norm(surface.vertices - centre, axis=1)
+    assert np.abs(distance - radius).mean() < 0.015 and np.abs(distance - radius).max() < 0.08
 
 
 def test_fit_options_are_checked() -> None:
@@ -111,6 +172,9 @@ def test_fit_options_are_checked() -> None:
         {"sample_step": 0.0},
         {"iterations": ()},
         {"carve_steps": -1},
+        {"blurred_iterations": (1,)},
+        {"blurred_iterations": (1, -1)},
+        {"second_start_loss": 1.5},
         {"rays_per_iteration": 1},
         {"learning_rate": 2.0},
     ):

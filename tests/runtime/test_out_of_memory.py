@@ -29,7 +29,7 @@ from uc3d_rt.neus.rays import select_pixels
 from uc3d_rt.pipeline import Pipeline, Views
 
 Run = Callable[..., tuple[int, str, str]]
-FAST = FitOptions(resolution=48, iterations=(2, 2))
+FAST = FitOptions(resolution=48, iterations=(2, 2), blurred_iterations=(2, 2))
 SMALL = MeshOptions(faces=500, texture_px=64)
 
 
@@ -66,8 +66,12 @@ class Metered(HostDevice):
     [
         (64, FitOptions(resolution=32, iterations=(2,))),
         (64, FitOptions(resolution=32, iterations=(2, 3))),
-        (96, FitOptions(resolution=64, iterations=(1, 1, 2), carve_steps=2)),
-        (32, FitOptions(resolution=48, iterations=(1, 1))),
+        (96, FitOptions(resolution=64, iterations=(1, 1, 2), blurred_iterations=(0, 0), carve_steps=2)),
+        (
+            96,
+            FitOptions(resolution=64, iterations=(1, 1, 2), blurred_iterations=(1, 2), second_start_loss=0.0),
+        ),
+        (32, FitOptions(resolution=48, iterations=(1, 1), blurred_iterations=(1, 1))),
     ],
 )
 def test_the_estimate_is_what_a_fit_takes(machine: Device, size: int, options: FitOptions) -> None:

@@ -18,7 +18,7 @@ from uc3d_rt.errors import FitError, UsageError
 from uc3d_rt.neus.fit import FitOptions
 from uc3d_rt.pipeline import STAGES, Pipeline, Result, Views, default_bundle
 
-FAST = FitOptions(resolution=32, iterations=(4, 4))
+FAST = FitOptions(resolution=32, iterations=(4, 4), blurred_iterations=(4, 4))
 
 
 @pytest.fixture(scope="module")

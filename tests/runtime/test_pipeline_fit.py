@@ -20,7 +20,7 @@ from uc3d_rt.mesh.build import MeshOptions
 from uc3d_rt.neus.fit import FitOptions
 from uc3d_rt.pipeline import Pipeline, Result, Views
 
-FAST = FitOptions(resolution=32, iterations=(4, 4))
+FAST = FitOptions(resolution=32, iterations=(4, 4), blurred_iterations=(4, 4))
 SMALL = MeshOptions(faces=500, texture_px=64)
 
 

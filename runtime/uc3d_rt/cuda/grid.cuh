@@ -18,9 +18,9 @@
 typedef long long Fixed;
 #define FIXED_ONE 4294967296.0f  // 2^32
 
-DEVICE void add_fixed(Fixed* to, float value) {
-    atomicAdd((unsigned long long*)to, (unsigned long long)(Fixed)(value * FIXED_ONE));
-}
+DEVICE Fixed to_fixed(float value) { return (Fixed)(value * FIXED_ONE); }
+
+DEVICE void add_fixed(Fixed* to, float value) { atomicAdd((unsigned long long*)to, (unsigned long long)to_fixed(value)); }
 
 DEVICE void add_fixed(Fixed* to, double value) {
     atomicAdd((unsigned long long*)to, (unsigned long long)(Fixed)(value * (double)FIXED_ONE));

@@ -6,6 +6,7 @@
 #include "rays.cuh"
 
 #define MAX_SAMPLES 256
+#define MIN_OPACITY 0.3f  // of a ray whose normal is compared; one through empty space has none
 
 struct March {
     float inv_s, step, band, cutoff;
@@ -191,6 +192,12 @@ KERNEL render_rays_backward(
     }
 }
 
+// Cosine between a ray's normal, summed and not normalised, and the one shown; `length` is the sum's, or a little.
+DEVICE float normal_cosine(const float* summed, const float* normal, float& length) {
+    length = fmaxf(sqrtf(summed[0] * summed[0] + summed[1] * summed[1] + summed[2] * summed[2]), 1e-3f);
+    return (summed[0] * normal[0] + summed[1] * normal[1] + summed[2] * normal[2]) / length;
+}
+
 // Eq. 19-21 and the mask term of one ray: gradient of w_rgb L_rgb + w_normal L_normal + w_mask L_mask.
 DEVICE void ray_gradient(
     const float out[7], const float* color, const float* normal, float mask, float w_rgb, float w_normal,
@@ -198,11 +205,10 @@ DEVICE void ray_gradient(
 ) {
     for (int c = 0; c < 3; ++c) d_out[c] = scale * w_rgb * 2.0f * (out[c] - color[c]);
     const bool known = normal[0] != 0.0f || normal[1] != 0.0f || normal[2] != 0.0f;
-    const bool met = mask > 0.5f && out[6] > 0.3f;  // a ray through empty space has no normal to compare
+    const bool met = mask > 0.5f && out[6] > MIN_OPACITY;
     const float* summed = out + 3;
-    const float length =
-        fmaxf(sqrtf(summed[0] * summed[0] + summed[1] * summed[1] + summed[2] * summed[2]), 1e-3f);
-    const float cosine = (summed[0] * normal[0] + summed[1] * normal[1] + summed[2] * normal[2]) / length;
+    float length;
+    const float cosine = normal_cosine(summed, normal, length);
     for (int c = 0; c < 3; ++c)
         d_out[3 + c] =
             known && met ? scale * w_normal * (cosine * summed[c] / length - normal[c]) / length : 0.0f;
@@ -243,4 +249,32 @@ KERNEL fit_rays(
         const float d_inv_s = render_ray_backward(sdf, color, r, ray, how, sum, d_out, d_sdf, d_color);
         if (!ray_lane()) add_fixed(&progress->d_inv_s, d_inv_s);
     }
+}
+
+// Twin of `fit.view_loss`: sums (4) over all pixels of the normals' loss, the rays that have one, the mask term,
+// and the rays.  The rays of a thread add up in it first: all of them share the four addresses.
+KERNEL view_loss(
+    const float* sdf, const float* color, int r, const float* origin, const float* direction,
+    const float* target_normal, const float* target_mask, int pixels, float step, float cutoff,
+    const Progress* progress, Fixed* sums
+) {
+    const March how = {progress->inv_s, step, progress->band, cutoff};
+    Fixed own[4] = {0, 0, 0, 0};
+    for (int n = thread_index() / RAY_LANES; n < pixels; n += thread_count() / RAY_LANES) {
+        Ray ray;
+        if (!trace_ray(origin + 3 * n, direction + 2 * n, r, 0.5f, ray)) continue;
+        float sum[7], length;
+        render_ray(sdf, color, r, ray, how, sum);
+        const float mask = target_mask[n], safe = clampf(sum[6], 0.02f, 0.98f);
+        if (mask > 0.5f && sum[6] > MIN_OPACITY) {
+            const float* normal = target_normal + 3 * n;
+            const bool known = normal[0] != 0.0f || normal[1] != 0.0f || normal[2] != 0.0f;
+            if (known) own[0] += to_fixed(1.0f - normal_cosine(sum + 3, normal, length));
+            own[1] += to_fixed(1.0f);
+        }
+        own[2] += to_fixed(-(mask * logf(safe) + (1.0f - mask) * logf(1.0f - safe)));
+        own[3] += to_fixed(1.0f);
+    }
+    if (!ray_lane())
+        for (int k = 0; k < 4; ++k) atomicAdd((unsigned long long*)(sums + k), (unsigned long long)own[k]);
 }

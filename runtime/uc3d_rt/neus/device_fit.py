@@ -32,7 +32,7 @@ from uc3d_rt.neus.shared import BETA_1, BETA_2, MARGIN
 from uc3d_rt.views import TARGET_CAMERAS, camera_axes
 
 if TYPE_CHECKING:
-    from uc3d_rt.neus.fit import FitOptions
+    from uc3d_rt.neus.fit import FitOptions, Stage
 
 FloatArray = NDArray[np.float32]
 
@@ -52,6 +52,9 @@ TURN = np.dtype(
 RAY_LANES = 8
 """Threads of a ray: `cuda/rays.cuh`."""
 
+FIXED_ONE = 2.0**32
+"""Of the kernels' fixed point: `cuda/grid.cuh`."""
+
 RELAXATIONS = 20
 """Rounds after which distances within `MARGIN` nodes no longer change, one node a round and some more."""
 
@@ -59,23 +62,38 @@ RELAXATIONS = 20
 class DeviceState:
     """The arrays of one stage, in node spacings, on a device."""
 
-    def __init__(self, device: Device, start: Buffer, inv_s: float, field: DeviceField | None = None) -> None:
+    def __init__(self, device: Device, start: Buffer, stage: Stage, field: DeviceField | None = None) -> None:
         """Take over the hull's distance (R, R, R), and the memory of a field; that is not filled."""
         r = start.shape[0]
         self.device, self.resolution = device, r
-        self.start = start
+        self.start, self.stage = start, stage
         self.sdf = device.empty((r, r, r), np.float32) if field is None else field.sdf
         self.color = device.empty((r, r, r, 3), np.float32) if field is None else field.color
         self.spare = device.empty((r, r, r), np.float32)
         self.frozen = device.empty((r, r, r), np.uint8)
-        self.d_sdf, self.d_color = (cleared(device, (r, r, r, c), np.int64) for c in (1, 3))
-        self.moments = [cleared(device, (r, r, r, c), np.float32) for c in (1, 1, 3, 3)]
-        self.laplacian = cleared(device, (r, r, r), np.float32)
+        self.d_sdf, self.d_color = (device.empty((r, r, r, c), np.int64) for c in (1, 3))
+        self.moments = [device.empty((r, r, r, c), np.float32) for c in (1, 1, 3, 3)]
+        self.laplacian = device.empty((r, r, r), np.float32)
         self.nodes = device.empty((r**3,), np.int32)
         self.smooth, self.regular = (device.empty((r**3,), np.float32) for _ in range(2))
+        self.progress = device.empty((PROGRESS.itemsize,), np.uint8)
+        self._workspace = [
+            self.spare, self.frozen, self.d_sdf, self.d_color, *self.moments, self.laplacian, self.nodes,
+            self.smooth, self.regular, self.progress,
+        ]  # fmt: skip
+        self.begin(stage)
+
+    def begin(self, stage: Stage) -> None:
+        """Forget what the optimiser has learned, but for the field: a stage on this grid begins."""
+        from uc3d_rt.neus.fit import RAY_BAND
+
+        self.stage = stage
+        for buffer in (self.d_sdf, self.d_color, *self.moments, self.laplacian):
+            self.device.clear(buffer)
+        inv_s = stage.inv_s[0]
         progress = np.zeros(1, PROGRESS)
-        progress["log_inv_s"], progress["inv_s"], progress["band"] = math.log(inv_s), inv_s, 4.5 / inv_s
-        self.progress = uploaded(device, progress.view(np.uint8))
+        progress["log_inv_s"], progress["inv_s"], progress["band"] = math.log(inv_s), inv_s, RAY_BAND / inv_s
+        self.device.upload(progress.view(np.uint8), self.progress)
 
     @property
     def count(self) -> int:
@@ -84,12 +102,8 @@ class DeviceState:
 
     def keep_field(self) -> None:
         """Give all memory back but that of hull, field and colours, before the next stage takes its own."""
-        self.device.free(
-            [
-                self.spare, self.frozen, self.d_sdf, self.d_color, *self.moments, self.laplacian, self.nodes,
-                self.smooth, self.regular, self.progress,
-            ]
-        )  # fmt: skip
+        self.device.free(self._workspace)
+        self._workspace = []
 
     def free(self) -> None:
         """Give the rest back."""
@@ -144,7 +158,7 @@ class DeviceState:
         self._adam(own, 1, turns, options.learning_rate, 0.02)
         own = self.color, self.d_color, None, *self.moments[2:]
         self._adam(own, 3, turns, options.learning_rate_color, 0.01)
-        low, high = options.inv_s_range
+        _, low, high = self.stage.inv_s
         device.launch("adapt_density", 1, self.progress, np.float64(low), np.float64(high))
 
     def _adam(
@@ -166,17 +180,17 @@ def ray_key(seed: int, stage: int, iteration: int) -> np.uint32:
     return np.uint32(np.random.SeedSequence([seed, stage, iteration]).generate_state(1, np.uint32)[0])
 
 
-def turns_of(options: FitOptions, stage: int, count: int, stride: int) -> NDArray[np.void]:
-    """The turns (count,) of a stage, `TURN`.
+def turns_of(options: FitOptions, stage: Stage, stride: int) -> NDArray[np.void]:
+    """The turns of a stage, `TURN`.
 
     Args:
         options: of the fit.
-        stage: for the random numbers.
-        count: iterations.
+        stage: whose iterations they are.
         stride: every how many-th pixel an iteration takes.
     """
+    count = stage.iterations
     turns = np.zeros(count, TURN)
-    turns["key"] = [ray_key(options.seed, stage, iteration) for iteration in range(count)]
+    turns["key"] = [ray_key(options.seed, stage.number, iteration) for iteration in range(count)]
     turns["first"] = turns["key"] % np.uint32(stride)
     step = np.arange(1, count + 1)
     turns["correct_1"], turns["correct_2"] = 1.0 / (1.0 - BETA_1**step), 1.0 / (1.0 - BETA_2**step)
@@ -184,9 +198,9 @@ def turns_of(options: FitOptions, stage: int, count: int, stride: int) -> NDArra
     return turns
 
 
-def stride_of(pixels: DevicePixels, options: FitOptions, resolution: int) -> int:
-    """Every how many-th pixel an iteration takes; a coarse grid needs fewer."""
-    return max(1, round(pixels.count / (options.rays_per_iteration * resolution // options.resolution)))
+def stride_of(pixels: DevicePixels, stage: Stage) -> int:
+    """Every how many-th pixel an iteration takes."""
+    return max(1, round(pixels.count / stage.rays))
 
 
 def iterate(
@@ -204,10 +218,12 @@ def iterate(
     """
     scale = (state.resolution / size_px) ** 2 * stride  # as if one ray crossed each node's square
     weights = (options.w_rgb, options.w_normal, options.w_mask, scale)
+    from uc3d_rt.neus.fit import CUTOFF
+
     state.device.launch(
         "fit_rays", RAY_LANES * -(-pixels.count // stride), state.sdf, state.color,
         np.int32(state.resolution), *pixels.rays, *pixels.targets, np.int32(pixels.count), np.int32(stride),
-        np.float32(options.sample_step), np.float32(1e-3), *(np.float32(w) for w in weights), turns,
+        np.float32(options.sample_step), np.float32(CUTOFF), *(np.float32(w) for w in weights), turns,
         state.d_sdf, state.d_color, state.progress,
     )  # fmt: skip
     state.step(options, turns)
@@ -218,11 +234,9 @@ def run_stage(
     pixels: DevicePixels,
     size_px: int,
     options: FitOptions,
-    stage: int,
-    count: int,
     tick: Callable[[], None],
 ) -> None:
-    """All iterations of a stage, captured once and replayed; `tick` is called after each is queued."""
+    """All iterations of a state's stage, captured once and replayed; `tick` is called after each."""
     from uc3d_rt.neus.fit import HULL_SLACK, NODES_EVERY, REDISTANCE_EVERY
 
     def look_around() -> None:
@@ -230,11 +244,12 @@ def run_stage(
         state.near_nodes(options)
 
     state.restore_distance()
+    count = state.stage.iterations
     if count == 0:
         return
-    stride = stride_of(pixels, options, state.resolution)
+    stride = stride_of(pixels, state.stage)
     with Scope(state.device) as scope:
-        turns = uploaded(scope, turns_of(options, stage, count, stride).view(np.uint8))
+        turns = uploaded(scope, turns_of(options, state.stage, stride).view(np.uint8))
         restore, look, turn = (
             scope.capture(work)
             for work in (
@@ -253,17 +268,32 @@ def run_stage(
 
 
 def refined(
-    device: Device, coarse: DeviceState, start: Buffer, inv_s: float, field: DeviceField | None = None
+    device: Device, coarse: DeviceState, start: Buffer, stage: Stage, field: DeviceField | None = None
 ) -> DeviceState:
     """The next stage's arrays, its field taken over from the stage before; that is freed."""
     coarse.keep_field()
-    fine = DeviceState(device, start, inv_s, field)
+    fine = DeviceState(device, start, stage, field)
     device.launch(
         "refine", fine.count, coarse.sdf, coarse.start, coarse.color, np.int32(coarse.resolution),
         fine.start, np.int32(fine.resolution), fine.sdf, fine.color,
     )  # fmt: skip
     coarse.free()
     return fine
+
+
+def view_loss(state: DeviceState, pixels: DevicePixels, options: FitOptions) -> float:
+    """Twin of `fit.view_loss`; waits for the device."""
+    from uc3d_rt.neus.fit import CUTOFF, MASK_SHARE
+
+    with Scope(state.device) as scope:
+        sums = cleared(scope, (4,), np.int64)
+        scope.launch(
+            "view_loss", RAY_LANES * -(-pixels.count // 4), state.sdf, state.color,
+            np.int32(state.resolution), *pixels.rays, pixels.normal, pixels.mask, np.int32(pixels.count),
+            np.float32(options.sample_step), np.float32(CUTOFF), state.progress, sums,
+        )  # fmt: skip
+        normals, met, masks, rays = (float(value) / FIXED_ONE for value in scope.download(sums))
+    return normals / max(met, 1.0) + MASK_SHARE * masks / max(rays, 1.0)
 
 
 class DeviceHull:
@@ -372,7 +402,7 @@ def fit_images(
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Fill a field from views; arguments and errors as `fit_on_device`."""
-    from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME
+    from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME, Countdown, compared_stages
 
     distance, near = outlines_on_device(device, images)
     hull = DeviceHull(device, images, distance, options.resolution)
@@ -380,26 +410,51 @@ def fit_images(
         raise FitError(NO_VOLUME)
     pixels = pixels_on_device(device, images, near)
     device.free([distance, near])
-    total, done = sum(count for _, count in options.stages), 0
+    progress = Countdown(options.total_iterations, on_progress)
 
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, total)
+    def begun(start: Buffer, stage: Stage, into: DeviceField | None = None) -> DeviceState:
+        """A start on its first grid: the hull, and the first of all stages carved."""
+        state = DeviceState(device, start, stage, into)
+        carve(state, pixels, images.size_px, options.carve_steps if stage.number == 0 else 0)
+        initial_colors(state, images)
+        return state
 
+    def run(state: DeviceState) -> DeviceState:
+        run_stage(state, pixels, images.size_px, options, progress.tick)
+        return state
+
+    def next_state(state: DeviceState, stage: Stage) -> DeviceState:
+        """What a stage begins with, on the same grid or one of twice the resolution."""
+        if stage.resolution != state.resolution:
+            return refined(device, state, hull.at(stage.resolution), stage)
+        state.begin(stage)
+        return state
+
+    *before, last = options.stages
     state: DeviceState | None = None
-    for stage, (resolution, count) in enumerate(options.stages):
-        start, last = hull.at(resolution), None
-        if stage == len(options.stages) - 1:
-            last = field
-            hull.free()
-        if state is None:
-            state = DeviceState(device, start, options.inv_s_start, last)
-            carve(state, pixels, images.size_px, options.carve_steps)
-            initial_colors(state, images)
-        else:
-            state = refined(device, state, start, options.inv_s_start, last)
-        run_stage(state, pixels, images.size_px, options, stage, count, tick)
-    assert state is not None
+    losses: dict[int, float] = {}
+    for stage in before:
+        state = run(begun(hull.at(stage.resolution), stage) if state is None else next_state(state, stage))
+        if options.blurred_stages:
+            losses[stage.resolution] = view_loss(state, pixels, options)
+    if state is not None:
+        state.keep_field()
+    second: DeviceState | None = None
+    for stage, compared in compared_stages(options.blurred_stages):
+        second = run(begun(hull.at(stage.resolution), stage) if second is None else next_state(second, stage))
+        limit = losses.get(stage.resolution, math.inf) * options.second_start_loss
+        if compared and view_loss(second, pixels, options) >= limit:
+            second.keep_field()
+            second.free()
+            second = None
+            break
+    if state is not None and second is not None:
+        second.keep_field()
+        state.free()
+    progress.skip(last.iterations)
+    state = second or state
+    start = hull.at(last.resolution)
+    hull.free()
+    state = run(begun(start, last, field) if state is None else refined(device, state, start, last, field))
     state.keep_in_hull(HULL_SLACK)
     device.launch("to_world", state.count, field.sdf, field.color, np.int32(state.resolution))

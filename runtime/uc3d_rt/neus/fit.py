@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,9 @@ MIN_SILHOUETTE_PX = 16
 
 MIN_NODES, MAX_NODES = 16, 512
 
+MIN_BLURRED_NODES = 32
+"""Along an axis, of the grid that the second start begins on."""
+
 NO_VOLUME = (
     "the six silhouettes have no volume in common; the views contradict each other, "
     "try another seed or more sampling steps"
@@ -34,13 +38,29 @@ NO_VOLUME = (
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Iterations on one grid."""
+
+    resolution: int  # nodes along an axis
+    iterations: int
+    number: int  # for the random numbers: no other stage of a fit has it
+    inv_s: tuple[float, float, float]  # start and range of the inverse deviation, per node spacing
+    rays: int  # wanted of an iteration; a coarse grid needs fewer, and a blurred surface
+
+
+@dataclass(frozen=True)
 class FitOptions:
     """Settings of `fit`; the defaults are for six views of 256 px."""
 
     resolution: int = 160  # nodes along each axis of the final grid
-    carve_steps: int = 3  # of `carve`, at the coarsest resolution
+    carve_steps: int = 8  # of `carve`, at the coarsest resolution
     iterations: tuple[int, ...] = (30, 40, 40)  # at resolution / 2^k, ..., resolution / 2, resolution;
     # stages whose grid would be no whole number of nodes, or fewer than MIN_NODES, are left out
+    blurred_iterations: tuple[int, int] = (80, 60)  # of the second start, which is not carved: with a blurred
+    # surface on a grid of MIN_BLURRED_NODES or a little more, and with a sharp one on each grid from there to
+    # the first start's coarsest; none with a blurred one = one start only
+    second_start_loss: float = 0.9  # the second start goes on as long as its `view_loss` is below this share
+    # of the first's on the same grid
     rays_per_iteration: int = 25_000
     seed: int = 0
     w_rgb: float = 0.3  # Eq. 19
@@ -57,6 +77,8 @@ class FitOptions:
     final_rate: float = 0.15  # learning rates fall to this share within a stage
     inv_s_start: float = 2.0  # inverse deviation per node spacing when a stage starts
     inv_s_range: tuple[float, float] = (1.5, 6.0)
+    inv_s_blurred: tuple[float, float, float] = (16.0, 12.0, 48.0)  # start and range of the blurred surface,
+    # per world unit
     sample_step: float = 0.9  # node spacings between samples on a ray
 
     def __post_init__(self) -> None:
@@ -85,19 +107,59 @@ class FitOptions:
                 raise ValueError(f"FitOptions.{item.name} must be in (0, 1], got {value}")
             if item.name.startswith("learning_rate") and not 0 < value < 1:
                 raise ValueError(f"FitOptions.{item.name} must be in (0, 1), got {value}")
+        if len(self.blurred_iterations) != 2 or min(self.blurred_iterations) < 0:
+            raise ValueError(
+                f"FitOptions.blurred_iterations must be two counts >= 0, got {self.blurred_iterations}"
+            )
+        if not 0 <= self.second_start_loss <= 1:
+            raise ValueError(f"FitOptions.second_start_loss must be in [0, 1], got {self.second_start_loss}")
         if not 0.1 <= self.sample_step <= 1.5:
             raise ValueError(f"FitOptions.sample_step must be in [0.1, 1.5], got {self.sample_step}")
 
     @property
-    def stages(self) -> tuple[tuple[int, int], ...]:
-        """`(nodes along an axis, iterations)` of each stage, coarse to fine."""
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the first start, coarse to fine; the last one is the second start's as well."""
         last = len(self.iterations) - 1
         shrinks = [2 ** (last - stage) for stage in range(last + 1)]
-        return tuple(
+        sharp = (self.inv_s_start, *self.inv_s_range)
+        pairs = [
             (self.resolution // shrink, count)
             for shrink, count in zip(shrinks, self.iterations, strict=True)
             if self.resolution % shrink == 0 and self.resolution // shrink >= MIN_NODES
+        ]
+        return tuple(
+            Stage(nodes, count, number, sharp, self.rays_per_iteration * nodes // self.resolution)
+            for number, (nodes, count) in enumerate(pairs)
         )
+
+    @property
+    def blurred_stages(self) -> tuple[Stage, ...]:
+        """The stages of the second start but the last; empty = there is none.
+
+        They end where those of the first start do before its last, so that the two can be compared.
+        """
+        blurred, sharp = self.blurred_iterations
+        if not blurred or len(self.stages) < 2:
+            return ()
+        coarsest, *later = self.stages[:-1]
+        first = coarsest.resolution
+        while first % 2 == 0 and first // 2 >= MIN_BLURRED_NODES:
+            first //= 2
+        start, low, high = (2.0 * inv_s / first for inv_s in self.inv_s_blurred)
+        rays = self.rays_per_iteration * first // self.resolution
+        stages = [Stage(first, blurred, 0, (start, low, high), rays // 2)]
+        grid = min(2 * first, coarsest.resolution)
+        while grid <= coarsest.resolution:
+            rays = self.rays_per_iteration * grid // self.resolution
+            stages.append(replace(coarsest, resolution=grid, iterations=sharp, rays=rays))
+            grid *= 2
+        numbers = itertools.count(len(self.stages))
+        return tuple(replace(stage, number=next(numbers)) for stage in (*stages, *later))
+
+    @property
+    def total_iterations(self) -> int:
+        """Of all stages of both starts."""
+        return sum(stage.iterations for stage in (*self.stages, *self.blurred_stages))
 
 
 def fit(
@@ -111,7 +173,9 @@ def fit(
 
     The grid starts as the distance to the visual hull, carved towards the normals (see `carve`), then
     follows the gradient of `w_rgb L_rgb + w_normal L_normal` (Eq. 21) plus mask, eikonal and smoothness
-    terms, coarse to fine.
+    terms, coarse to fine.  Carving takes thin parts before thicker ones for one with them; a second start
+    therefore leaves the hull as it is, and lets a blurred surface find its way on a coarse grid.  It goes on
+    to the last grid in place of the first if its views are nearer on every grid that both have.
     The same input, options and machine give the same bytes, for any number of threads.
 
     Args:
@@ -136,7 +200,6 @@ def fit(
             return fit_on_device(scope, color, normal, options, on_progress).download()
     color, normal, masks = check_views(color, normal)
     pixels = select_pixels(color, normal, masks, options.seed)
-    from uc3d_rt.neus.redistance import restore_distance
 
     hull = hull_sdf(masks, options.resolution)
     if not (hull < 0).any():
@@ -147,45 +210,118 @@ def fit(
         start = hull if resolution == options.resolution else resample(hull, resolution)
         return np.asarray(start * np.float32(0.5 * resolution), np.float32)
 
-    first, sdf, colors = carved(start_at(options.stages[0][0]), pixels, color, masks, options)
-    state = _State(sdf=sdf, color=colors, start=first)
-    total, done = sum(count for _, count in options.stages), 0
-    for stage, (resolution, count) in enumerate(options.stages):
-        if stage > 0:
-            # What the coarse stage moved is added to the fine hull, but not where the hull is too thin
-            # for the coarse grid to have seen it: there the fine hull starts afresh.
-            start, moved = start_at(resolution), np.maximum(state.sdf - state.start, 0.0)
-            sdf = start + 2 * resample(moved, resolution) * thickness_weight(start)
-            state = _State(sdf=sdf, color=resample(state.color, resolution), start=start)
-        restore_distance(state.sdf)
-        for iteration in range(count):
-            progress = iteration / max(count - 1, 1)
-            _iterate(state, pixels, masks.shape[-1], options, stage, iteration, progress)
-            done += 1
-            if on_progress is not None:
-                on_progress(done, total)
+    progress = Countdown(options.total_iterations, on_progress)
+
+    def begun(stage: Stage) -> _State:
+        """A start on its first grid: the hull, and the first of all stages carved."""
+        steps = options.carve_steps if stage.number == 0 else 0
+        return _State(*carved(start_at(stage.resolution), pixels, color, masks, steps), stage)
+
+    def run(state: _State) -> _State:
+        _run_stage(state, pixels, masks.shape[-1], options, progress.tick)
+        return state
+
+    def next_state(state: _State, stage: Stage) -> _State:
+        """What a stage begins with, on the same grid or one of twice the resolution."""
+        if stage.resolution == state.stage.resolution:
+            return _State(state.start, state.sdf, state.color, stage)
+        return refined(state, start_at(stage.resolution), stage)
+
+    *before, last = options.stages
+    state: _State | None = None
+    losses: dict[int, float] = {}
+    for stage in before:
+        state = run(begun(stage) if state is None else next_state(state, stage))
+        if options.blurred_stages:
+            losses[stage.resolution] = view_loss(state, pixels, options)
+    second: _State | None = None
+    for stage, compared in compared_stages(options.blurred_stages):
+        second = run(begun(stage) if second is None else next_state(second, stage))
+        limit = losses.get(stage.resolution, math.inf) * options.second_start_loss
+        if compared and view_loss(second, pixels, options) >= limit:
+            second = None
+            break
+    progress.skip(last.iterations)
+    state = second or state
+    state = run(begun(last) if state is None else refined(state, start_at(last.resolution), last))
     np.maximum(state.sdf, state.start - HULL_SLACK, out=state.sdf)
     return _in_world(state.sdf, state.color)
 
 
+class Countdown:
+    """Tells of iterations done, of all that there may be."""
+
+    def __init__(self, total: int, on_progress: Progress | None) -> None:
+        self._done, self._total, self._on_progress = 0, total, on_progress
+
+    def tick(self) -> None:
+        """One more is done."""
+        self._done += 1
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total)
+
+    def skip(self, left: int) -> None:
+        """None but the last `left` will follow: what was given up counts as done."""
+        self._done = self._total - left
+
+
+def compared_stages(stages: tuple[Stage, ...]) -> list[tuple[Stage, bool]]:
+    """Each stage of the second start, and whether it is the last one on its grid: then they are compared."""
+    followers = [*(stage.resolution for stage in stages[1:]), 0]
+    pairs = zip(stages, followers, strict=False)  # no stages, no follower
+    return [(stage, stage.resolution != follower) for stage, follower in pairs]
+
+
 def carved(
-    start: FloatArray, pixels: Pixels, color: FloatArray, masks: BoolArray, options: FitOptions
+    start: FloatArray, pixels: Pixels, color: FloatArray, masks: BoolArray, steps: int
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """The first stage's hull as a distance, the field it is carved to, and the colours to begin with.
+    """A first stage's hull as a distance, the field it is carved to, and the colours to begin with.
 
     Args:
         start: (r, r, r) hull of the coarsest grid, in node spacings; changed in place.
         pixels: of all views.
         color: (6, H, H, 3) of the views.
         masks: (6, H, H) silhouettes.
-        options: of the fit.
+        steps: of `carve`.
     """
     from uc3d_rt.neus.carve import carve
     from uc3d_rt.neus.redistance import restore_distance
 
     restore_distance(start)
-    sdf = carve(start, pixels, masks.shape[-1], options.carve_steps)
+    sdf = carve(start, pixels, masks.shape[-1], steps)
     return start, sdf, initial_colors(sdf, color, masks)
+
+
+def refined(coarse: _State, start: FloatArray, stage: Stage) -> _State:
+    """The next stage's arrays, on a grid of twice the resolution.
+
+    What the coarse stage moved is added to the fine hull, but not where the hull is too thin for the
+    coarse grid to have seen it: there the fine hull starts afresh.
+    """
+    moved = np.maximum(coarse.sdf - coarse.start, 0.0)
+    sdf = start + 2 * resample(moved, stage.resolution) * thickness_weight(start)
+    return _State(start, sdf, resample(coarse.color, stage.resolution), stage)
+
+
+def view_loss(state: _State, pixels: Pixels, options: FitOptions) -> float:
+    """How far a field's rendered views are from the given ones: what two starts are compared by.
+
+    `L_normal` (Eq. 20), mean of the rays that meet the object and should, plus a quarter of the mask term,
+    mean of all rays.
+    """
+    from uc3d_rt.neus.render import render_rays
+
+    rays, crosses = trace_rays(pixels, slice(None), state.sdf.shape[0])
+    inv_s = math.exp(state.log_inv_s)
+    offset = np.full(len(rays.slab), 0.5, np.float32)
+    out = np.empty((len(rays.slab), 7), np.float32)
+    traced = (rays.start, rays.weight_y, rays.entry, rays.direction, rays.length, offset)
+    render_rays(state.sdf, state.color, inv_s, *traced, options.sample_step, RAY_BAND / inv_s, CUTOFF, out)
+    mask = pixels.mask[crosses]
+    met = (mask > 0.5) & (out[:, 6] > MIN_OPACITY)
+    normals = normal_loss(out[:, 3:6], pixels.normal[crosses])[0][met]
+    masks = mask_loss(out[:, 6], mask)[0]
+    return float(normals.sum() / max(len(normals), 1) + MASK_SHARE * masks.sum() / max(len(masks), 1))
 
 
 def _in_world(sdf: FloatArray, color: FloatArray) -> Field:
@@ -238,9 +374,9 @@ def check_content(finite: bool, foreground_px: int) -> None:
 class _State:
     """The arrays of one stage, in node spacings."""
 
-    def __init__(self, sdf: FloatArray, color: FloatArray, start: FloatArray) -> None:
-        self.sdf, self.color, self.start = sdf, color, start
-        self.log_inv_s = math.nan
+    def __init__(self, start: FloatArray, sdf: FloatArray, color: FloatArray, stage: Stage) -> None:
+        self.sdf, self.color, self.start, self.stage = sdf, color, start, stage
+        self.log_inv_s = math.log(stage.inv_s[0])
         self.log_inv_s_mean = 0.0
         self.log_inv_s_square = 0.0
         r = sdf.shape[0]
@@ -255,8 +391,32 @@ class _State:
 REDISTANCE_EVERY = 15
 NODES_EVERY = 5
 
+RAY_BAND = 4.5
+"""Deviations from the surface within which rays take samples."""
+
+CUTOFF = 1e-3
+"""Share of the light at which a ray ends."""
+
+MIN_OPACITY = 0.3
+"""Of a ray whose normal is compared; one through empty space has none."""
+
+MASK_SHARE = 0.25
+"""Weight of the mask term in `view_loss`."""
+
 HULL_SLACK = 0.25
 """Node spacings that the surface may stand out of the visual hull, itself only as exact as its pixels."""
+
+
+def _run_stage(
+    state: _State, pixels: Pixels, size: int, options: FitOptions, tick: Callable[[], None]
+) -> None:
+    from uc3d_rt.neus.redistance import restore_distance
+
+    restore_distance(state.sdf)
+    count = state.stage.iterations
+    for iteration in range(count):
+        _iterate(state, pixels, size, options, iteration, iteration / max(count - 1, 1))
+        tick()
 
 
 def _iterate(
@@ -264,7 +424,6 @@ def _iterate(
     pixels: Pixels,
     size: int,
     options: FitOptions,
-    stage: int,
     iteration: int,
     progress: float,  # through the stage, 0 to 1
 ) -> None:
@@ -274,10 +433,8 @@ def _iterate(
     from uc3d_rt.neus.render import render_rays, render_rays_backward
 
     resolution = state.sdf.shape[0]
-    if math.isnan(state.log_inv_s):
-        state.log_inv_s = math.log(options.inv_s_start)
     inv_s = math.exp(state.log_inv_s)
-    band = 4.5 / inv_s
+    band = RAY_BAND / inv_s
     if iteration % REDISTANCE_EVERY == 0 and iteration > 0:
         restore_distance(state.sdf)
     if iteration % NODES_EVERY == 0:
@@ -289,15 +446,14 @@ def _iterate(
         state.d_sdf[...] = 0.0
         state.d_color[...] = 0.0
 
-    rng = np.random.default_rng((options.seed, stage, iteration))
-    wanted = options.rays_per_iteration * resolution // options.resolution  # a coarse grid needs fewer
-    stride = max(1, round(len(pixels.mask) / wanted))
+    rng = np.random.default_rng((options.seed, state.stage.number, iteration))
+    stride = max(1, round(len(pixels.mask) / state.stage.rays))
     subset = slice(int(rng.integers(stride)), None, stride)
     rays, crosses = trace_rays(pixels, subset, resolution)
     offset = rng.random(len(rays.slab), dtype=np.float32)
     out = np.empty((len(rays.slab), 7), np.float32)
     traced = (rays.start, rays.weight_y, rays.entry, rays.direction, rays.length, offset)
-    how = (options.sample_step, band, 1e-3)
+    how = (options.sample_step, band, CUTOFF)
     render_rays(state.sdf, state.color, inv_s, *traced, *how, out)
 
     d_out = ray_gradient(out, pixels, subset, crosses, options)
@@ -327,7 +483,7 @@ def _iterate(
         * (state.log_inv_s_mean / (1 - 0.9**t))
         / (math.sqrt(state.log_inv_s_square / (1 - 0.98**t)) + 1e-8)
     )
-    low, high = options.inv_s_range
+    _, low, high = state.stage.inv_s
     state.log_inv_s = min(max(state.log_inv_s, math.log(low)), math.log(high))
 
 
@@ -342,7 +498,7 @@ def ray_gradient(
     l_rgb, g_rgb = rgb_loss(out[:, :3], target_color)
     l_normal, g_normal = normal_loss(out[:, 3:6], target_normal)
     l_mask, g_mask = mask_loss(out[:, 6], target_mask)
-    met = inside & (out[:, 6] > 0.3)  # a ray through empty space has no normal to compare
+    met = inside & (out[:, 6] > MIN_OPACITY)
     d_out = np.empty_like(out)
     d_out[:, :3] = options.w_rgb * g_rgb * keep_best(l_rgb, np.ones_like(inside), options.keep_rgb)[:, None]
     d_out[:, 3:6] = options.w_normal * g_normal * keep_best(l_normal, met, options.keep_normal)[:, None]

@@ -34,8 +34,12 @@ def fit_bytes(size_px: int, pixels: int, options: FitOptions) -> int:
         options: of the fit.
     """
     counting = CountingDevice(NoDevice(pixels))
+    blurred, sharp = (min(count, 1) for count in options.blurred_iterations)
     short = replace(
-        options, iterations=(1,) * len(options.iterations), carve_steps=min(options.carve_steps, 1)
+        options,
+        iterations=(1,) * len(options.iterations),
+        blurred_iterations=(blurred, sharp),
+        carve_steps=min(options.carve_steps, 1),
     )
     shape = NUM_VIEWS, size_px, size_px
     with Scope(cast(Device, counting)) as scope:

@@ -12,8 +12,8 @@ MARGIN = 8
 BAND = 3.0
 """Node spacings around the surface within which the field is solved for."""
 
-STAY = 0.01
-"""Weight of a node's value against its slopes: a step reaches some 1 / sqrt(STAY) = 10 nodes."""
+STAY = 0.003
+"""Weight of a node's value against its slopes: a step reaches some 1 / sqrt(STAY) = 18 nodes."""
 
 UNSEEN_WEIGHT = 0.05
 """Weight of the slope that a node has where the views see nothing of it, against 1 where they do."""
@@ -21,7 +21,7 @@ UNSEEN_WEIGHT = 0.05
 ENOUGH_PIXELS = 0.1
 """Share of the pixels that a node covers front on that make a node count as half seen."""
 
-COVER_WEIGHT = 20.0
+COVER_WEIGHT = 60.0
 COVER_DEPTH = 0.3
 """A pixel of a silhouette should meet the object this deep (node spacings) at least, with this weight."""
 
