@@ -113,7 +113,9 @@ def main(
     device = accelerator.device
     half = device.type == "cuda"
     torch.set_float32_matmul_precision("high")
-    model, vae = MultiviewModel(preset).to(device), build_vae(preset).to(device).eval().requires_grad_(False)
+    with device:  # billions of random numbers take a minute on a CPU
+        model, vae = MultiviewModel(preset), build_vae(preset)
+    model, vae = model.to(device), vae.to(device).eval().requires_grad_(False)
     if preset.train.gradient_checkpointing:
         recompute_blocks(model, vae)
     if channels_last:

@@ -82,7 +82,7 @@ def _call(driver: Any, name: str, *arguments: Any) -> tuple[Any, ...]:
     status, *results = getattr(driver, name)(*arguments)
     if int(status) == 0:
         return tuple(results)
-    what = str(status).rpartition(".")[2]
+    what = status.name
     mend = MENDS.get(int(status), "if another program broke the GPU's state, start this one again")
     if int(status) == OUT_OF_MEMORY:
         raise OutOfMemoryError(f"{name} failed on the GPU: {what}", mend)

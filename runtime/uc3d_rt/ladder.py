@@ -19,15 +19,15 @@ class Rung:
     one_object: bool = False
     """Guidance is two calls of the UNet for one object each: half its working memory, and one copy of it."""
     small_buffers: bool = False
-    """No CUDA graphs, no trials of convolutions' algorithms, one latent a call of the decoder where that was
-    not fixed beforehand."""
+    """No trials of convolutions' algorithms, one latent a call of the decoder where that was not fixed
+    beforehand: nothing that engines have not already."""
 
 
 OFF = Rung("off", "within `with pipeline:` all that was loaded stays loaded")
 STAGES = Rung("stages", "every network is freed before the next is loaded", frees_stages=True)
 UNET = Rung("unet", "guidance calls the UNet for one object at a time", frees_stages=True, one_object=True)
 LEAST = Rung(
-    "least", "no CUDA graphs, no trials of convolutions' algorithms, the decoder one latent at a time",
+    "least", "no trials of convolutions' algorithms, the decoder one latent at a time (engines: as unet)",
     frees_stages=True, one_object=True, small_buffers=True,
 )  # fmt: skip
 

@@ -109,14 +109,12 @@ def test_the_provider_is_told_the_gpu(bundle: Path, monkeypatch: pytest.MonkeyPa
     asked: list[object] = []
 
     class Session:
-        def __init__(self, path: Path, options: object, providers: list[object]) -> None:
+        def __init__(self, path: Path, options: object, providers: object, enable_fallback: int) -> None:
             asked.append(providers)
+            assert not enable_fallback
 
         def get_providers(self) -> list[str]:
             return ["CUDAExecutionProvider"]
-
-        def disable_fallback(self) -> None:
-            pass
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)

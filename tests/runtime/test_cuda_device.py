@@ -6,6 +6,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,18 @@ class Anything:
         return self
 
 
+class Status(IntEnum):
+    """What a call says, printed as cuda-bindings prints it."""
+
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+
+    def __str__(self) -> str:
+        return f"<CUresult.{self.name}: {self.value}>"
+
+
 class Driver(ModuleType):
     """Answers every call with success, keeps a list of them, and fails where it is told to."""
 
@@ -55,7 +68,7 @@ class Driver(ModuleType):
         def call(*arguments: object) -> tuple[object, ...]:
             self.calls.append((name, arguments))
             if name in self.fails:
-                return (self.fails[name],)
+                return (Status(self.fails[name]),)
             if name == "cuDeviceGetCount":
                 return 0, self.gpus
             if name == "cuDeviceGetAttribute":
@@ -166,7 +179,8 @@ def test_kernels_get_their_arguments(driver: Driver) -> None:
 )
 def test_errors_of_the_driver_say_the_mend(driver: Driver, name: str, status: int, mend: str) -> None:
     driver.fails[name] = status
-    with pytest.raises(BackendError, match=f"{name} failed.*{mend}") as caught, CudaDevice() as device:
+    told = f"{name} failed on the GPU: {Status(status).name}; .*{mend}"
+    with pytest.raises(BackendError, match=told) as caught, CudaDevice() as device:
         device.empty((4,), np.float32)
         device.launch("bend", 1, None, None, None)
     assert isinstance(caught.value, OutOfMemoryError) is (status == 2)

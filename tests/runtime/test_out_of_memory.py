@@ -20,7 +20,7 @@ from uc3d_rt.backends import onnxruntime as backend_module
 from uc3d_rt.contract import load_manifest, save_manifest
 from uc3d_rt.counting_device import CountingDevice
 from uc3d_rt.device import Device
-from uc3d_rt.errors import OutOfMemoryError
+from uc3d_rt.errors import BackendError, OutOfMemoryError
 from uc3d_rt.mesh.build import MeshOptions
 from uc3d_rt.neus import fit_memory
 from uc3d_rt.neus.fit import FitOptions, check_views, fit
@@ -268,16 +268,34 @@ def test_a_network_that_fails_leaves_no_session(
     np.testing.assert_array_equal(found.color, expected.color)
 
 
-def test_a_session_that_cannot_be_made_for_want_of_memory(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "told, memory",
+    [
+        ("CUDA failure 2: out of memory", True),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", True),
+        ("CUBLAS failure 3: the resource allocation failed", True),
+        ("CUBLAS failure 1: CUBLAS_STATUS_NOT_INITIALIZED", True),
+        ("CUDNN failure 4: CUDNN_STATUS_BAD_PARAM", False),
+    ],
+)
+def test_a_session_that_cannot_be_made(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, told: str, memory: bool
 ) -> None:
+    """What failed is told, though ONNX Runtime puts it behind the signature of the C++ function."""
     import onnxruntime
 
+    signature = "std::conditional_t<THRW, void, Status> onnxruntime::CudaCall(ERRTYPE, const char*, int) " * 5
+    message = (
+        f"Exception during initialization: cuda_call.cc:154 {signature}{told} ; GPU=0 ; line=164 ; expr=f();"
+    )
+
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
-    with pytest.raises(
-        OutOfMemoryError, match="^image_encoder ran out of memory .*; use --low-memory stages"
-    ):
+    with pytest.raises(BackendError) as caught:
         Pipeline.from_bundle(tiny_bundle).views(object_rgba())
+    assert isinstance(caught.value, OutOfMemoryError) == memory and f"({told});" in str(caught.value)
+    if memory:
+        assert str(caught.value).startswith("image_encoder ran out of memory in ONNX Runtime (")
+        assert "; use --low-memory stages" in str(caught.value)

@@ -24,10 +24,16 @@ _NO_MORE_THAN_ASKED = {"arena_extend_strategy": "kSameAsRequested"}  # else powe
 _NO_TRIALS = {"cudnn_conv_algo_search": "HEURISTIC"}  # of algorithms, which take memory while they are tried
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 _NO_MEMORY = re.compile(
-    r"failed to allocate memory|out of memory|_alloc_failed|bad.alloc|smaller than requested bytes",
+    r"failed to allocate memory|out of memory|_alloc_failed|bad.alloc|smaller than requested bytes"
+    r"|resource allocation failed|cu(blas|dnn)_status_not_initialized|library was not initialized",
     re.IGNORECASE,
 )
-"""What the errors of its arenas, of CUDA, cuBLAS, cuDNN and C++ have in them where memory ran out."""
+"""What the errors of its arenas, of CUDA, cuBLAS, cuDNN and C++ have in them where memory ran out.
+
+cuBLAS and cuDNN that cannot allocate their handles say that they are not initialized.
+"""
+_CUDA_FAILURE = re.compile(r"\b(?:CUDA|CUBLAS|CUBLAS_LT|CUDNN|CUDNN_FE|CURAND|CUFFT) failure\b[^;]*")
+"""What a failed call of CUDA's libraries said, behind some hundred characters of C++ signature."""
 
 
 class OnnxRuntimeBackend(Backend):
@@ -45,7 +51,7 @@ class OnnxRuntimeBackend(Backend):
         path = verified_network_path(bundle, manifest, name)
         spec = network_specs(manifest.shape)[name]
         options = provider_options(self.device, {"use_tf32": "0"}, self.low_memory)  # fp32 is fp32
-        session = open_session(path, self.device, self.threads, options)
+        session = open_session(path, self.device, self.threads, options, low_memory=self.low_memory)
         _check_session(session, spec, path)
         return OnnxRuntimeNetwork(session, spec, manifest.shape.views)
 
@@ -66,7 +72,7 @@ class OnnxRuntimeQuantized(OnnxRuntimeBackend):
             return super().open(bundle, manifest, name)
         path = verified_engine_path(self.engines, self.folder, name)
         spec = network_specs(manifest.shape)[name]
-        session = open_session(path, "cpu", self.threads, int8_kernels=True)
+        session = open_session(path, "cpu", self.threads, int8_kernels=True, low_memory=self.low_memory)
         _check_session(session, spec, path)
         return OnnxRuntimeNetwork(session, spec, manifest.shape.views)
 
@@ -143,6 +149,7 @@ def open_session(
     provider_options: dict[str, str] | None = None,
     int8_kernels: bool = False,
     deterministic: bool = False,
+    low_memory: Rung = OFF,
 ) -> Any:
     """A session on a device, and on no other.
 
@@ -153,6 +160,7 @@ def open_session(
         provider_options: of the device's execution provider.
         int8_kernels: compute in int8 what the file quantises; else such values are dequantised first.
         deterministic: take the kernels that give the same bits each time, where there are such.
+        low_memory: rung of the ladder.
 
     Raises:
         BackendError: ONNX Runtime has no such provider, or it does not start, or refuses the file;
@@ -170,13 +178,19 @@ def open_session(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
     options.use_deterministic_compute = deterministic
+    # A block for all activations is taken at the second run, beside what the first one took in pieces.
+    # (With CUDA graphs ONNX Runtime takes none in any case.)
+    options.enable_mem_pattern = not low_memory.frees_stages
     if not int8_kernels:
         # Else int8-stored weights are fused into integer kernels that round activations too.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[(provider, given)])
+        # Without `enable_fallback=0` a session that cannot be made is tried again on the CPU.
+        session = onnxruntime.InferenceSession(
+            path, options, providers=[(provider, given)], enable_fallback=0
+        )
     except _runtime_errors() as error:
         raise _out_of_memory(path.stem, error) or BackendError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {path} ({_one_line(error)}); "
@@ -189,7 +203,6 @@ def open_session(
             f"{provider} did not start and ONNX Runtime chose {running}; install the CUDA and cuDNN "
             "versions that onnxruntime-gpu asks for, or use --device cpu"
         )
-    session.disable_fallback()
     return session
 
 
@@ -246,4 +259,6 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    told = " ".join(str(error).split())
+    failure = _CUDA_FAILURE.search(told)
+    return failure[0].strip() if failure else told[:300]

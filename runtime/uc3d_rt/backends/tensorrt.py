@@ -21,7 +21,7 @@ from uc3d_rt.contract import Manifest, NetworkSpec, network_specs
 from uc3d_rt.cuda_device import CudaBuffer, CudaDevice
 from uc3d_rt.engines import LIBRARY_MODULES, REBUILD, EngineSet, verified_engine_path
 from uc3d_rt.errors import BackendError
-from uc3d_rt.ladder import OFF, LowMemory, Rung, rung_of
+from uc3d_rt.ladder import LowMemory, rung_of
 
 FloatArray = NDArray[np.float32]
 
@@ -52,7 +52,7 @@ class TensorRtEngines(Backend):
         spec, views = network_specs(manifest.shape)[name], manifest.shape.views
         batches = self.engines.engines[name].batches
         batch = batches[0] if len(batches) == 1 else None
-        return TensorRtNetwork(self.library, path, spec, views, batch, self.ordinal, self.low_memory)
+        return TensorRtNetwork(self.library, path, spec, views, batch, self.ordinal)
 
 
 class _Call:
@@ -73,7 +73,6 @@ class TensorRtNetwork(Network):
         views: int,
         batch: int | None,
         ordinal: int = 0,
-        low_memory: Rung = OFF,
     ) -> None:
         """Load an engine file.
 
@@ -84,14 +83,12 @@ class TensorRtNetwork(Network):
             views: of a sample.
             batch: how many a call takes, where that is fixed.
             ordinal: of the GPU.
-            low_memory: with small buffers, the library captures no CUDA graphs.
 
         Raises:
             BackendError: the library refuses the engine, or there is no GPU.
         """
         self.batch = batch
         self._library, self._path, self._spec, self._views = library, path, spec, views
-        self._captures = not low_memory.small_buffers
         self._calls: dict[tuple[tuple[int, ...], ...], _Call] = {}
         self._scratch: CudaBuffer | None = None
         self._cache: Any = None
@@ -211,8 +208,7 @@ class TensorRtNetwork(Network):
         if config is None or not hasattr(config, "create_runtime_cache"):  # TensorRT itself
             return engine.create_execution_context(given)
         config.set_execution_context_allocation_strategy(given)
-        if self._captures:
-            config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             if self._cache_path.is_file():  # one of another GPU or release is refused, and made anew
