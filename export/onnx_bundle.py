@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from export import data_file
+from export.compact import compact
 from export.data_file import DataFile, data_path, store
 from export.folders import replace_folder
 from export.networks import example_tensors, load_networks
@@ -160,6 +161,7 @@ def export_network(preset: Preset, name: str, network: nn.Module, target: Path, 
                 dim.dim_param = size
             else:
                 dim.dim_value = size
+    compact(model.graph)
     if large:
         with DataFile(target.with_suffix(".weights")) as data:
             _give_weights(model.graph, network, data)
