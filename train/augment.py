@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.render import Light
-from uc3d_rt.views import BOUNDING_RADIUS, FOCAL_LENGTHS_MM, HALF_WINDOW, Camera, project
+from uc3d_rt.views import BOUNDING_RADIUS, FOCAL_LENGTHS_MM, HALF_WINDOW, Camera, camera_axes
 
 FloatArray = NDArray[np.float32]
 
@@ -71,9 +71,10 @@ def normalizing_placement(vertices: FloatArray, matrix: NDArray[np.floating]) ->
     The box is that of the turned object, in the world's axes: what the input camera sees is then
     centred left to right, which a box in the object's own axes would not promise.
     """
-    moved = np.asarray(vertices, np.float64) @ np.asarray(matrix, np.float64).T
-    centre = (moved.min(axis=0) + moved.max(axis=0)) / 2.0
-    scale = BOUNDING_RADIUS / np.linalg.norm(moved - centre, axis=1).max()
+    moved = np.asarray(matrix, np.float64) @ np.asarray(vertices, np.float64).T  # (3, V)
+    centre = (moved.min(axis=1) + moved.max(axis=1)) / 2.0
+    moved -= centre[:, None]
+    scale = BOUNDING_RADIUS / math.sqrt((moved * moved).sum(axis=0).max())
     placement: NDArray[np.float64] = scale * np.column_stack([matrix, -centre])
     return placement.astype(np.float32)
 
@@ -138,8 +139,11 @@ def tight_window(
 
     A perspective view of 35 mm can show the object beyond the usual window; this one holds it all.
     """
-    world = vertices @ object_to_world[:, :3].T + object_to_world[:, 3]
-    uv = project(world, camera)[:, :2]
-    low, high = uv.min(axis=0), uv.max(axis=0)
-    half = max(float((high - low).max()) / 2.0 / fill, 1e-3 * HALF_WINDOW)
-    return (float(low[0] + high[0]) / 2.0, float(low[1] + high[1]) / 2.0, half)
+    in_view = np.stack(camera_axes(camera)).astype(np.float64) @ object_to_world  # (3: right up back, 4)
+    u, v, back = in_view[:, :3].astype(np.float32) @ vertices.T + in_view[:, 3:].astype(np.float32)
+    if camera.focal_mm is not None:
+        larger = camera.distance / (camera.distance - back)
+        u, v = u * larger, v * larger
+    left, right, low, high = float(u.min()), float(u.max()), float(v.min()), float(v.max())
+    half = max(max(right - left, high - low) / 2.0 / fill, 1e-3 * HALF_WINDOW)
+    return ((left + right) / 2.0, (low + high) / 2.0, half)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +23,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.checkpoint import CheckpointError
-from train.dataset import render_folder
+from train.dataset import Variant, render_folder
 from train.model import Batch
 from train.vae import Vae
 
 T = TypeVar("T")
 
-KEYS = ("z_0", "image", "image_latent", "focal")
+KEYS = ("z_0", "image", "image_latent", "normal_latent", "focal")
+
+ENCODED_TOGETHER = 8
+"""Variants that one call of the encoder takes."""
+
+ENCODED_PIXELS = 128 * 256**2
+"""Pixels it sees at once: of large pictures it takes fewer."""
 
 PLACES = ("device", "host", "disk")
 """Where a cache may lie, from the fastest to the largest."""
@@ -41,6 +48,7 @@ class LatentCache:
     z_0: Tensor  # (N, 6, 8, h, w) float16
     image: Tensor  # (N, M, H, W, 3) uint8
     image_latent: Tensor  # (N, M, 4, h, w) float16
+    normal_latent: Tensor  # (N, M, 4, h, w) float16, of the input views' own normal maps
     focal: Tensor  # (N, M) float32
     objects: int  # each with N / objects variants, side by side
     shards: tuple[str, ...] = ()  # names of the files they come from
@@ -60,13 +68,13 @@ class LatentCache:
         """A batch of variants of different objects (as far as there are enough), on the device."""
         places = _places(self.variants, self.objects, self.image.shape[1], count, generator)
         rows, view = (place.to(self.z_0.device) for place in places)
-        parts = self.z_0[rows], self.image[rows, view], self.image_latent[rows, view], self.focal[rows, view]
-        return _batch(*parts, self.device)
+        seen = [getattr(self, key)[rows, view] for key in KEYS[1:]]
+        return _batch(self.z_0[rows], *seen, self.device)
 
     def free(self) -> None:
         """Give the memory back, whoever still holds the cache; nothing can be drawn from it any more."""
-        for tensor in (self.z_0, self.image, self.image_latent, self.focal):
-            tensor.untyped_storage().resize_(0)
+        for key in KEYS:
+            getattr(self, key).untyped_storage().resize_(0)
 
 
 class MappedCache:
@@ -97,7 +105,7 @@ class MappedCache:
             )
 
         z_0 = torch.cat([self._files[i].get_slice("z_0")[r : r + 1] for i, r, _ in picked])
-        return _batch(z_0, read("image"), read("image_latent"), read("focal"), self.device)
+        return _batch(z_0, *(read(key) for key in KEYS[1:]), self.device)
 
     def free(self) -> None:
         """Close the files; nothing can be drawn any more."""
@@ -124,13 +132,21 @@ def _places(
     return picks * per_object + variant, view
 
 
-def _batch(z_0: Tensor, image: Tensor, image_latent: Tensor, focal: Tensor, device: torch.device) -> Batch:
+def _batch(
+    z_0: Tensor,
+    image: Tensor,
+    image_latent: Tensor,
+    normal_latent: Tensor,
+    focal: Tensor,
+    device: torch.device,
+) -> Batch:
     """Stored rows as a batch; they travel in their stored types, the smallest."""
     return Batch(
         z_0=z_0.to(device).float(),
         image=image.to(device).permute(0, 3, 1, 2).float() / 255.0,
         image_latent=image_latent.to(device).float(),
         focal=focal.to(device),
+        normal_latent=normal_latent.to(device).float(),
     )
 
 
@@ -151,29 +167,50 @@ def build_shard(
     z_0 = torch.empty(count, 6, 2 * shape.latent_channels, side, side, dtype=torch.float16)
     image = torch.empty(count, inputs, px, px, 3, dtype=torch.uint8)
     image_latent = torch.empty(count, inputs, shape.latent_channels, side, side, dtype=torch.float16)
+    normal_latent = torch.empty_like(image_latent)
     focal = torch.empty(count, inputs)
     stream = render_folder(objects, device, variants, inputs, seed, workers, image_px=px)
-    for index, variant, item in tqdm(stream, total=count, desc=out.stem, mininterval=5, disable=None):
-        row = index * variants + variant
-        pictures = torch.from_numpy(item.inputs).to(device)
-        latents = encode_bytes(vae, torch.cat([item.color, item.normal, pictures])).to("cpu", torch.float16)
-        z_0[row] = torch.cat([latents[:6], latents[6:12]], dim=1)
-        image[row], image_latent[row] = torch.from_numpy(item.inputs), latents[12:]
-        focal[row] = torch.from_numpy(item.focal)
+    for together in _chunks(tqdm(stream, total=count, desc=out.stem, mininterval=5, disable=None)):
+        pictures = [
+            torch.cat(
+                [
+                    item.color,
+                    item.normal,
+                    *(torch.from_numpy(x).to(device) for x in (item.inputs, item.input_normal)),
+                ]
+            )
+            for _, _, item in together
+        ]
+        # One call for many variants: a network as small is bound by its launches.
+        latents = encode_bytes(vae, torch.cat(pictures)).to("cpu", torch.float16)
+        for (index, variant, item), own in zip(together, latents.split(12 + 2 * inputs), strict=True):
+            row = index * variants + variant
+            z_0[row] = torch.cat([own[:6], own[6:12]], dim=1)
+            image_latent[row], normal_latent[row] = own[12:].chunk(2)
+            image[row], focal[row] = torch.from_numpy(item.inputs), torch.from_numpy(item.focal)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     names = json.dumps([path.name for path in objects])
-    tensors = {"z_0": z_0, "image": image, "image_latent": image_latent, "focal": focal}
+    tensors = dict(zip(KEYS, (z_0, image, image_latent, normal_latent, focal), strict=True))
     save_file(tensors, temporary, {"objects": names, "variants": str(variants), "vae": vae_fingerprint(vae)})
     temporary.replace(out)
+
+
+def _chunks(stream: Iterable[tuple[int, int, Variant]]) -> Iterator[list[tuple[int, int, Variant]]]:
+    waiting = iter(stream)
+    while together := list(islice(waiting, ENCODED_TOGETHER)):
+        yield together
 
 
 @torch.no_grad()
 def encode_bytes(vae: Vae, pictures: Tensor) -> Tensor:
     """Pictures (n, H, W, 3) uint8 to scaled latents (n, 4, h, w), in bfloat16 on a GPU."""
     half = pictures.device.type == "cuda"
+    limit = max(1, ENCODED_PIXELS // (pictures.shape[1] * pictures.shape[2]))
     with torch.autocast(pictures.device.type, torch.bfloat16, enabled=half):
-        return vae.encode(pictures.permute(0, 3, 1, 2).float() / 255.0).float()
+        return torch.cat(
+            [vae.encode(part.permute(0, 3, 1, 2).float() / 255.0).float() for part in pictures.split(limit)]
+        )
 
 
 def vae_fingerprint(vae: Vae) -> str:
@@ -260,6 +297,11 @@ def _head(path: Path, file: Any, fingerprint: str) -> Shard:
     if meta["vae"] != fingerprint:
         raise CheckpointError(
             f"{path} was encoded by another autoencoder; give its --vae, or make the cache again"
+        )
+    if missing := set(KEYS) - set(file.keys()):
+        raise CheckpointError(
+            f"{path} has no {', '.join(sorted(missing))}, as an older version made it; make the cache again "
+            f"with: python -m train cache --out {path.parent}"
         )
     shard = Shard(path.name, len(json.loads(meta["objects"])), int(meta["variants"]))
     for key in KEYS:

@@ -28,11 +28,10 @@ from train.augment import (
     tight_window,
     yaw_matrix,
 )
+from train.framing import framed
 from train.objects import Object, load_object
-from train.render import TARGET_LIGHT, Scene, View
+from train.render import TARGET_LIGHT, ImageTensors, Scene, View
 from train.subjects import other_of, subject
-from uc3d_rt.errors import ImageError
-from uc3d_rt.preprocess import frame_object
 from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS
 
 ByteArray = NDArray[np.uint8]
@@ -61,6 +60,7 @@ class Variant:
     color: torch.Tensor  # (6, P, P, 3) uint8, on the render device
     normal: torch.Tensor  # (6, P, P, 3) uint8, on the render device
     inputs: ByteArray  # (M, P, P, 3), framed as the runtime frames a picture
+    input_normal: ByteArray  # (M, P, P, 3), normal maps of the inputs, framed as they are
     focal: FloatArray  # (M,) f~; 0 is orthographic
     elevation_deg: FloatArray  # (M,)
 
@@ -71,6 +71,14 @@ class _Plan:
 
     targets: tuple[View, ...]
     inputs: tuple[View, ...]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of what is rendered."""
+
+    image_px: int  # P
+    samples: int  # along each side of a pixel
 
 
 def variant_rng(seed: int, name: str, variant: int, attempt: int = 0) -> np.random.Generator:
@@ -100,15 +108,14 @@ def render_variant(
     Raises:
         ValueError: the input views show nothing, in `MAX_ATTEMPTS` draws.
     """
+    sizes = _Sizes(image_px, samples)
     for _attempt in range(MAX_ATTEMPTS):
         plan = _plan_variant(scene.object, rng, num_inputs, augment)
-        try:
-            pictures = _render_inputs(scene, plan.inputs, image_px, samples)
-            inputs = [frame_object(rgba, image_px) for rgba in pictures]
-        except ImageError:
+        inputs = _render_inputs(scene, plan.inputs, sizes)
+        if not all(inputs.seen):
             continue
         targets = scene.render_torch(plan.targets, image_px, samples)
-        return _variant(targets.color, targets.normal, inputs, plan, image_px)
+        return _variant(targets, inputs, plan)
     raise ValueError(
         f"{scene.object.name} shows nothing in {MAX_ATTEMPTS} draws of its input views; "
         "it is too thin, remove it"
@@ -130,14 +137,14 @@ def render_folder(
 ) -> Iterator[tuple[int, int, Variant]]:
     """Stream `variants` variants of every object, in order: `(object index, variant index, variant)`.
 
-    Threads read objects ahead and frame inputs behind; the device renders between them.  With
+    Threads read objects and plan their views ahead; the device renders behind them.  With
     `augment`, many variants show the object reshaped, or with others of `objects` (`train.subjects`).
 
     Args:
         objects: files, as from `find_objects`.
         device: "cpu" or "cuda:0"; target images stay there.
         inputs: input views a variant.
-        workers: threads for reading, and as many for framing.
+        workers: threads for reading.
         on_progress: called with (objects done, objects in all).
 
     Raises:
@@ -148,10 +155,9 @@ def render_folder(
             "needs at least one object, variant and worker; "
             f"got {len(objects)} objects, {variants=}, {workers=}"
         )
-    ahead = 2 * workers
-    with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(workers) as framers:
+    ahead, sizes = 2 * workers, _Sizes(image_px, samples)
+    with ThreadPoolExecutor(workers) as readers:
         reading: deque[Future[list[_Group]]] = deque()
-        framing: deque[_Rendered] = deque()
         try:
             for index in range(len(objects) + ahead):
                 if index < len(objects):
@@ -160,17 +166,15 @@ def render_folder(
                 if index < ahead - 1 or not reading:
                     continue
                 done = index - ahead + 1
-                groups = reading.popleft().result()
-                framing.append(_render_groups(groups, device, done, image_px, samples, framers))
-                if len(framing) > 2:
-                    yield from _framed(framing.popleft(), device, seed, inputs, augment, image_px, samples)
+                rendered: dict[int, Variant] = {}
+                for group in reading.popleft().result():
+                    rendered |= _render_group(group, device, seed, inputs, augment, sizes)
+                for number in range(variants):
+                    yield done, number, rendered[number]
                 if on_progress is not None:
                     on_progress(done + 1, len(objects))
-            while framing:
-                yield from _framed(framing.popleft(), device, seed, inputs, augment, image_px, samples)
         finally:
             readers.shutdown(wait=False, cancel_futures=True)
-            framers.shutdown(wait=False, cancel_futures=True)
 
 
 def _plan_variant(obj: Object, rng: np.random.Generator, num_inputs: int, augment: bool) -> _Plan:
@@ -226,85 +230,57 @@ def _read_groups(
     return [_Group(obj, tuple(alone)), *groups] if alone else groups
 
 
-def _render_inputs(scene: Scene, views: Sequence[View], image_px: int, samples: int) -> ByteArray:
-    """(M, H, H, 4) straight alpha on the host."""
-    size_px = round(image_px * INPUT_OVERSAMPLE)
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """M input views, framed, on the host."""
+
+    pictures: ByteArray  # (M, P, P, 3)
+    normals: ByteArray  # (M, P, P, 3)
+    seen: list[bool]  # whether a view shows anything
+
+    def part(self, rows: slice) -> _Inputs:
+        return _Inputs(self.pictures[rows], self.normals[rows], self.seen[rows])
+
+
+def _render_inputs(scene: Scene, views: Sequence[View], sizes: _Sizes) -> _Inputs:
     if not views:
-        return np.zeros((0, size_px, size_px, 4), np.uint8)
-    images = scene.render_torch(views, size_px, samples, straight_alpha=True)
-    return torch.cat([images.color, images.alpha[..., None]], dim=-1).cpu().numpy()
+        nothing = np.zeros((0, sizes.image_px, sizes.image_px, 3), np.uint8)
+        return _Inputs(nothing, nothing, [])
+    size_px = round(sizes.image_px * INPUT_OVERSAMPLE)
+    images = scene.render_torch(views, size_px, sizes.samples, straight_alpha=True)
+    pictures, normals, seen = framed(images, sizes.image_px)
+    return _Inputs(pictures.cpu().numpy(), normals.cpu().numpy(), seen)
 
 
-@dataclass(frozen=True, eq=False)
-class _RenderedVariant:
-    group: _Group
-    plan: _Plan
-    color: torch.Tensor
-    normal: torch.Tensor
-    inputs: list[Future[ByteArray]]
+def _render_group(
+    group: _Group, device: str, seed: int, num_inputs: int, augment: bool, sizes: _Sizes
+) -> dict[int, Variant]:
+    """The group's variants by their number."""
+    px, samples = sizes.image_px, sizes.samples
+    rendered: dict[int, Variant] = {}
+    with Scene(group.object, device) as scene:
+        targets = scene.render_torch([v for _, plan in group.plans for v in plan.targets], px, samples)
+        inputs = _render_inputs(scene, [v for _, plan in group.plans for v in plan.inputs], sizes)
+        for k, (number, plan) in enumerate(group.plans):
+            own = inputs.part(slice(k * num_inputs, (k + 1) * num_inputs))
+            if all(own.seen):
+                six = slice(k * NUM_VIEWS, (k + 1) * NUM_VIEWS)
+                shown = ImageTensors(targets.color[six], targets.normal[six], targets.alpha[six])
+                rendered[number] = _variant(shown, own, plan)
+            else:  # draw again, from numbers of its own
+                rng = variant_rng(seed, group.object.name, number, attempt=1)
+                rendered[number] = render_variant(
+                    scene, rng, num_inputs, augment, image_px=px, samples=samples
+                )
+    return rendered
 
 
-@dataclass(frozen=True, eq=False)
-class _Rendered:
-    """All variants of one object, their inputs on the way through `frame_object`."""
-
-    index: int
-    variants: dict[int, _RenderedVariant]
-
-
-def _render_groups(
-    groups: list[_Group], device: str, index: int, image_px: int, samples: int, framers: ThreadPoolExecutor
-) -> _Rendered:
-    rendered: dict[int, _RenderedVariant] = {}
-    for group in groups:
-        with Scene(group.object, device) as scene:
-            targets = scene.render_torch(
-                [view for _, plan in group.plans for view in plan.targets], image_px, samples
-            )
-            pictures = _render_inputs(
-                scene, [view for _, plan in group.plans for view in plan.inputs], image_px, samples
-            )
-        used = 0
-        for k, (variant, plan) in enumerate(group.plans):
-            own = pictures[used : used + len(plan.inputs)]
-            used += len(plan.inputs)
-            six = slice(k * NUM_VIEWS, (k + 1) * NUM_VIEWS)
-            rendered[variant] = _RenderedVariant(
-                group,
-                plan,
-                targets.color[six],
-                targets.normal[six],
-                [framers.submit(frame_object, rgba, image_px) for rgba in own],
-            )
-    return _Rendered(index, rendered)
-
-
-def _framed(
-    rendered: _Rendered, device: str, seed: int, num_inputs: int, augment: bool, image_px: int, samples: int
-) -> Iterator[tuple[int, int, Variant]]:
-    for number, variant in sorted(rendered.variants.items()):
-        try:
-            inputs = [future.result() for future in variant.inputs]
-        except ImageError:  # nothing to see: draw again, from numbers of its own
-            rng = variant_rng(seed, variant.group.object.name, number, attempt=1)
-            with Scene(variant.group.object, device) as scene:
-                again = render_variant(scene, rng, num_inputs, augment, image_px=image_px, samples=samples)
-            yield rendered.index, number, again
-        else:
-            yield (
-                rendered.index,
-                number,
-                _variant(variant.color, variant.normal, inputs, variant.plan, image_px),
-            )
-
-
-def _variant(
-    color: torch.Tensor, normal: torch.Tensor, inputs: Sequence[ByteArray], plan: _Plan, image_px: int
-) -> Variant:
+def _variant(targets: ImageTensors, inputs: _Inputs, plan: _Plan) -> Variant:
     return Variant(
-        color=color,
-        normal=normal,
-        inputs=np.stack(inputs) if inputs else np.zeros((0, image_px, image_px, 3), np.uint8),
+        color=targets.color,
+        normal=targets.normal,
+        inputs=inputs.pictures,
+        input_normal=inputs.normals,
         focal=np.array([view.camera.normalized_focal for view in plan.inputs], np.float32),
         elevation_deg=np.array([view.camera.elevation_deg for view in plan.inputs], np.float32),
     )

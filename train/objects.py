@@ -6,8 +6,8 @@ vertex colour, as glTF defines it) and alpha cut-outs are kept.  trimesh parses 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -130,22 +130,29 @@ def normalized(thing: Object) -> Object:
     Raises:
         ValueError: coordinates that are not finite, or no face with an area.
     """
-    corners = thing.vertices[thing.faces].astype(np.float64)  # (F, 3, 3)
-    if not np.isfinite(corners).all():
+    points = thing.vertices.T.astype(np.float64, order="C")  # (3, V): three times as fast as (V, 3)
+    if not len(thing.faces):
+        raise ValueError("has no face with an area")
+    a, b, c = (points.take(corner, axis=1) for corner in thing.faces.T.copy())  # (3, F)
+    low = np.min([corner.min(axis=1) for corner in (a, b, c)], axis=0)
+    extent = float((np.max([corner.max(axis=1) for corner in (a, b, c)], axis=0) - low).max())
+    if not math.isfinite(extent):
         raise ValueError("has vertices that are not finite numbers")
-    cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    extent = float(np.ptp(corners.reshape(-1, 3), axis=0).max()) if len(corners) else 0.0
-    kept = np.linalg.norm(cross, axis=1) > 1e-12 * extent * extent
+    (ux, uy, uz), (vx, vy, vz) = b - a, c - a
+    cross_sq = (uy * vz - uz * vy) ** 2 + (uz * vx - ux * vz) ** 2 + (ux * vy - uy * vx) ** 2
+    kept = cross_sq > (1e-12 * extent * extent) ** 2
     if not kept.any():
         raise ValueError("has no face with an area")
-    used, faces = np.unique(thing.faces[kept], return_inverse=True)
-    vertices = thing.vertices[used].astype(np.float64)
-    vertices -= (vertices.min(axis=0) + vertices.max(axis=0)) / 2.0
-    vertices *= BOUNDING_RADIUS / np.linalg.norm(vertices, axis=1).max()
+    used = np.zeros(len(thing.vertices), bool)
+    used[thing.faces[kept]] = True
+    number = np.cumsum(used) - 1  # of each vertex that stays
+    points = points[:, used]
+    points -= (points.min(axis=1, keepdims=True) + points.max(axis=1, keepdims=True)) / 2.0
+    points *= BOUNDING_RADIUS / math.sqrt((points * points).sum(axis=0).max())
     return replace(
         thing,
-        vertices=vertices.astype(np.float32),
-        faces=faces.reshape(-1, 3).astype(np.int32),
+        vertices=np.ascontiguousarray(points.T, np.float32),
+        faces=number[thing.faces[kept]].astype(np.int32),
         uv=None if thing.uv is None else thing.uv[used],
         vertex_color=None if thing.vertex_color is None else thing.vertex_color[used],
         face_material=thing.face_material[kept],
@@ -158,15 +165,16 @@ def joined(parts: Sequence[Object], name: str) -> Object:
     Textures with the same pixels are stored once.  Not normalised.
     """
     images, offsets, height = [], {}, 0
-    for part in parts:
-        if part.texture is not None and (key := _image_key(part.texture)) not in offsets:
+    keys = [None if part.texture is None else _image_key(part.texture) for part in parts]
+    for part, key in zip(parts, keys, strict=True):
+        if part.texture is not None and key not in offsets:
             offsets[key] = height
             images.append(part.texture)
             height += part.texture.shape[0]
     materials: list[Material] = []
     face_material = []
-    for part in parts:
-        y = 0 if part.texture is None else offsets[_image_key(part.texture)]
+    for part, key in zip(parts, keys, strict=True):
+        y = 0 if key is None else offsets[key]
         numbers = []
         for material in part.materials:
             if material.tile is not None:
@@ -336,8 +344,9 @@ def _pixels(image: Any, with_alpha: bool) -> ByteArray:
     return np.asarray(image, np.uint8)
 
 
-def _image_key(image: ByteArray) -> str:
-    return f"{image.shape}{hashlib.sha256(image.tobytes()).hexdigest()}"
+def _image_key(image: ByteArray) -> tuple[tuple[int, ...], int]:
+    """The same for images of the same pixels, in this process."""
+    return image.shape, hash(image.tobytes())
 
 
 def _stacked(images: Sequence[ByteArray]) -> ByteArray | None:

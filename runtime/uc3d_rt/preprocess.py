@@ -2,7 +2,7 @@
 
 `load_image` reads whatever Pillow reads into straight-alpha RGBA; `background` cuts the object
 out where the file brings no alpha; `frame_object` centres it on white.  Training frames its
-renders with the same `frame_object`, so the two cannot drift.
+renders on their device in the same `Frame`, and a test holds the two together.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ ImageSource = str | Path | Image.Image | NDArray[np.generic]
 FILL = 0.82
 """The longer side of the object's box over the side of the square."""
 
+SOLID = 127
+"""Alpha above this belongs to the object's box."""
+
 MIN_SIDE_PX = 16
 MAX_PIXELS = 64_000_000
 """A picture of more pixels is refused from its header, before anything is decoded."""
@@ -36,7 +39,6 @@ MAX_PIXELS = 64_000_000
 _MIN_OBJECT_PX = 8  # below this the box holds nothing a network could see
 _SMALL_OBJECT_PX = 64  # below this the user is told
 _OPAQUE = 250  # an alpha channel that nowhere falls below this cuts nothing out
-_SOLID = 127  # alpha above this belongs to the object's box
 _EXIF_IFD, _FOCAL_IN_35MM = 0x8769, 0xA405
 _UNSAFE_FORMATS = frozenset({"EPS"})  # decoded by running Ghostscript
 # What Pillow's decoders raise on damaged files.
@@ -62,6 +64,27 @@ class Conditioning:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A square of a picture, in pixels from its upper left corner; it may reach beyond the border."""
+
+    left: float
+    top: float
+    side: float
+
+    @property
+    def pixels(self) -> tuple[int, int, int, int]:
+        """Whole pixels `(left, top, right, bottom)` that hold the square, for `Image.crop`."""
+        left, top, side = int(np.floor(self.left)), int(np.floor(self.top)), int(np.ceil(self.side)) + 1
+        return left, top, left + side, top + side
+
+    @property
+    def within(self) -> tuple[float, float, float, float]:
+        """The square in the picture cropped to `pixels`, for `Image.resize`."""
+        left, top = self.left - int(np.floor(self.left)), self.top - int(np.floor(self.top))
+        return left, top, left + self.side, top + self.side
+
+
 def frame_object(rgba: ByteArray, image_px: int) -> ByteArray:
     """Crop to the object, centre it on a white square, its longer side filling `FILL` of it.
 
@@ -75,21 +98,23 @@ def frame_object(rgba: ByteArray, image_px: int) -> ByteArray:
     Raises:
         ImageError: alpha is nowhere above 127.
     """
-    left, top, right, bottom = object_box(rgba[..., 3])
-    side = max(right - left, bottom - top) / FILL
-    x, y = (left + right - side) / 2, (top + bottom - side) / 2
-    x_px, y_px = int(np.floor(x)), int(np.floor(y))
-    side_px = int(np.ceil(side)) + 1
+    frame = frame_of_box(*object_box(rgba[..., 3]))
     # "RGBa" is premultiplied; a crop beyond the border is filled with transparent black.
-    premultiplied = Image.fromarray(rgba).crop((x_px, y_px, x_px + side_px, y_px + side_px)).convert("RGBa")
+    premultiplied = Image.fromarray(rgba).crop(frame.pixels).convert("RGBa")
     square = premultiplied.resize(
         (image_px, image_px),
         Image.Resampling.HAMMING,  # no overshoot at the outline, half the time of bicubic
-        box=(x - x_px, y - y_px, x - x_px + side, y - y_px + side),
+        box=frame.within,
     )
     red, green, blue, alpha = square.split()
     white = ImageChops.invert(alpha)  # what premultiplied white adds behind each pixel
     return np.asarray(Image.merge("RGB", [ImageChops.add(band, white) for band in (red, green, blue)]))
+
+
+def frame_of_box(left: int, top: int, right: int, bottom: int) -> Frame:
+    """The square around a box of pixels, whose longer side fills `FILL` of it."""
+    side = max(right - left, bottom - top) / FILL
+    return Frame((left + right - side) / 2, (top + bottom - side) / 2, side)
 
 
 def object_box(alpha: ByteArray) -> tuple[int, int, int, int]:
@@ -98,7 +123,7 @@ def object_box(alpha: ByteArray) -> tuple[int, int, int, int]:
     Raises:
         ImageError: there is no such pixel.
     """
-    solid = alpha > _SOLID
+    solid = alpha > SOLID
     columns, rows = np.flatnonzero(solid.any(axis=0)), np.flatnonzero(solid.any(axis=1))
     if not columns.size:
         raise ImageError("the image is transparent everywhere; give one in which the object is opaque")
@@ -316,4 +341,4 @@ def _picture_from_array(array: NDArray[np.generic]) -> Image.Image:
 def _cut_by_border(alpha: ByteArray) -> bool:
     """Whether a good part of one border runs through the object, more than a tight crop's touch."""
     edges = (alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1])
-    return any(float((edge > _SOLID).mean()) > 0.1 for edge in edges)
+    return any(float((edge > SOLID).mean()) > 0.1 for edge in edges)

@@ -5,15 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import trimesh
+from scipy.spatial import cKDTree
 
 from tests.train.shapes import cone
+from tests.train.shapes import thing as object_of
+from train import subjects
 from train.objects import Material, Object
+from train.solids import solid
 from train.subjects import (
     MAX_PARTS,
     assembly,
+    mirrored,
     other_of,
     pair_of,
-    primitive,
+    repeated,
     reshaped,
     retextured,
     subject,
@@ -77,6 +82,66 @@ def test_assemblies_are_one_object_that_hangs_together() -> None:
     assert counts == set(range(2, MAX_PARTS + 1))
 
 
+def test_flat_things_are_parts_too() -> None:
+    corners = np.array([[-0.6, -0.6, 0.0], [0.6, -0.6, 0.0], [0.6, 0.6, 0.0], [-0.6, 0.6, 0.0]], np.float32)
+    sheet = replace(cone(), vertices=corners, faces=np.array([[0, 1, 2], [0, 2, 3]], np.int32))
+    sheet = replace(sheet, uv=None, face_material=np.zeros(2, np.int32))
+    for seed in range(60):
+        thing = assembly(sheet, np.random.default_rng(seed), lambda rng: sheet)
+        assert np.isfinite(thing.vertices).all() and is_normalised(thing)
+
+
+@pytest.mark.parametrize("both", [0.0, 1.0])
+def test_symmetric_assemblies_are_their_own_mirror_image(
+    monkeypatch: pytest.MonkeyPatch, both: float
+) -> None:
+    monkeypatch.setattr(subjects, "MIRROR_SHARE", 1.0)
+    monkeypatch.setattr(subjects, "DOUBLE_MIRROR_SHARE", both)
+    for seed in range(12):
+        thing = assembly(painted(), np.random.default_rng(seed), lambda rng: cone((0.0, 0.0, 1.0)))
+        assert is_normalised(thing) and thing.uv is not None and len(thing.uv) == len(thing.vertices)
+        for axis in (0, 2)[: 2 if both else 1]:
+            image = thing.vertices * np.where(np.arange(3) == axis, -1, 1)
+            distance, _ = cKDTree(thing.vertices).query(image)
+            assert distance.max() < 1e-4
+        volume = trimesh.Trimesh(thing.vertices, thing.faces).volume
+        assert volume > 0
+
+
+def test_a_mirrored_solid_is_closed_and_twice_its_half() -> None:
+    ball = object_of(trimesh.creation.icosphere(subdivisions=3), colors=np.full((642, 3), 77, np.uint8))
+    for at in (-0.3, 0.0, 0.4):
+        for keep in (1.0, -1.0):
+            whole = mirrored(ball, 0, at, keep)
+            mesh = trimesh.Trimesh(whole.vertices, whole.faces, process=True)
+            mesh.update_faces(mesh.nondegenerate_faces())  # of corners in the plane
+            assert mesh.is_watertight and mesh.is_winding_consistent
+            assert len(np.unique(whole.faces)) == len(whole.vertices)  # nothing of the other side is left
+            cap = 2 * np.pi * BOUNDING_RADIUS * (BOUNDING_RADIUS - keep * at)  # area of a half
+            assert mesh.area == pytest.approx(2 * cap, rel=0.01) and mesh.volume > 0
+            assert whole.vertex_color is not None and (whole.vertex_color == 77).all()
+            assert len(whole.face_material) == len(whole.faces)
+    aside = replace(ball, vertices=ball.vertices + np.array([3, 0, 0], np.float32))
+    for keep in (1.0, -1.0):  # all on one side: two of it
+        assert len(mirrored(aside, 0, 0.0, keep).faces) == 2 * len(ball.faces)
+
+
+def test_repeats_are_turned_or_in_a_row() -> None:
+    anchor, part = np.array([[-1.0, -1, -1], [1, 1, 1]]), cone().vertices.astype(float) * 0.2
+    kinds = set()
+    for seed in range(20):
+        copies = repeated(part, anchor, np.random.default_rng(seed))
+        middles = np.array([(c.min(axis=0) + c.max(axis=0)) / 2 for c in copies])
+        assert 2 <= len(copies) <= 8 and (np.abs(middles) <= 1.3).all()
+        if np.ptp(middles[:, 0]) > 1e-6 and np.ptp(middles[:, 2]) > 1e-6:
+            kinds.add("ring")
+            assert np.hypot(middles[:, 0], middles[:, 2]).std() < 0.1
+        elif len(copies) > 2:
+            kinds.add("row")
+            assert np.diff(middles, n=2, axis=0) == pytest.approx(0, abs=1e-9)
+    assert kinds == {"ring", "row"}
+
+
 def test_tumbles_are_rotations_of_every_kind() -> None:
     ups = []
     for seed in range(200):
@@ -105,10 +170,13 @@ def test_retexturing_keeps_holes_and_fits_the_tiles() -> None:
     dressed = retextured(painted(4), picture, rng)
     assert dressed.texture is not None and dressed.texture.shape == (8, 4, 4)
     assert (dressed.texture[..., 3] == 7).all() and dressed.texture[..., :3].std() > 5
+    swapped = retextured(painted(), picture, rng)  # one tile over all of it: the picture as it is
+    assert swapped.texture is not None and (swapped.texture == picture).all()
+    assert swapped.materials[0].tile == (0, 0, 6, 5)
     plain = retextured(cone(), picture, rng)  # no texture coordinates: other plain colours
     assert plain.texture is None and plain.materials != cone().materials
-    solid = retextured(primitive(rng), picture, rng)
-    assert solid.texture is not None and solid.materials[0].tile == (0, 0, 6, 5)
+    block = retextured(solid(rng), picture, rng)
+    assert block.texture is not None and block.materials[0].tile == (0, 0, 6, 5)
     assert retextured(painted(), None, rng).texture is not None
 
 
