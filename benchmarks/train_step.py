@@ -132,7 +132,6 @@ def main(
         z_0=latent.half(),
         image=picture,
         image_latent=latent[:, :1, : shape.latent_channels].half(),
-        normal_latent=latent[:, :1, shape.latent_channels :].half(),
         focal=torch.zeros(count, 1, device=device),
         objects=count,
     )

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from export.folders import replace_folder
-from export.typed_graph import folded
+from export.typed_graph import IR_VERSION, OPSET, folded
 from export.verification import SAMPLE_LIMIT_DB, views_psnr
 from uc3d_rt.backends.base import Backend, Network
 from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeQuantized
@@ -80,7 +81,10 @@ def quantize(
     folder = bundle / BUILT_NAME / f"onnxruntime-{onnxruntime.__version__}-int8-cpu"
     with _new_folder(folder) as work:
         target = work / "unet.onnx"
-        int8_graph(source, target, calls)
+        reduce_range = products_saturate()
+        if reduce_range:
+            say("this processor's int8 products saturate: weights get seven bits")
+        int8_graph(source, target, calls, reduce_range)
         digest = hashlib.sha256(target.read_bytes()).hexdigest()
         key = hashlib.sha256(f"{manifest.networks['unet'].sha256} {RECIPE}".encode()).hexdigest()
         sha256 = manifest.networks["unet"].sha256
@@ -104,16 +108,44 @@ def quantize(
         limit = SAMPLE_LIMIT_DB["int8"]
         if min(decibels) < limit:
             raise BackendError(
-                f"int8 changes the views too much ({min(decibels):.1f} dB, limit {limit:g}); "
-                "nothing was kept: this processor may lack int8 instructions that do not saturate"
+                f"int8 changes the views too much ({min(decibels):.1f} dB, limit {limit:g}); nothing was "
+                "kept: give more pictures, of the kind of things that you use it for"
             )
         save_engine_set(engines(error), work)
         size = target.stat().st_size
     return Quantized(folder, size, error, decibels, fp32_ms, int8_ms)
 
 
-def int8_graph(source: Path, target: Path, calls: Sequence[Inputs]) -> None:
-    """Write the quantised graph of a UNet's ONNX file."""
+def products_saturate() -> bool:
+    """Whether ONNX Runtime's int8 products overflow on this processor.
+
+    Without VNNI they add two products in 16 bits, which 255 x 127 twice is too much for.
+    """
+    import onnxruntime
+
+    values = [
+        helper.make_tensor_value_info("a", TensorProto.UINT8, [32, 64]),
+        helper.make_tensor_value_info("y", TensorProto.INT32, [32, 32]),
+    ]
+    weight = numpy_helper.from_array(np.full((64, 32), 127, np.int8), "b")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "probe", values[:1], values[1:], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"a": np.full((32, 64), 255, np.uint8)})
+    return bool((found != 64 * 255 * 127).any())
+
+
+def int8_graph(source: Path, target: Path, calls: Sequence[Inputs], reduce_range: bool = False) -> None:
+    """Write the quantised graph of a UNet's ONNX file.
+
+    Args:
+        source: the UNet in fp32.
+        target: file to write.
+        calls: inputs of the network to find ranges with.
+        reduce_range: weights of seven bits, for processors on which `products_saturate`.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
     from onnxruntime.quantization import quantize_dynamic as dynamic
     from onnxruntime.quantization import quantize_static as static
@@ -136,11 +168,13 @@ def int8_graph(source: Path, target: Path, calls: Sequence[Inputs]) -> None:
             static(
                 exact, convolved, Calls(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"],
                 nodes_to_exclude=[convolutions[0], convolutions[-1]], per_channel=True,
+                reduce_range=reduce_range,
                 activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             )  # fmt: skip
             dynamic(
                 convolved, target, op_types_to_quantize=["MatMul"], per_channel=True,
-                weight_type=QuantType.QInt8, extra_options={"MatMulConstBOnly": True},
+                reduce_range=reduce_range, weight_type=QuantType.QInt8,
+                extra_options={"MatMulConstBOnly": True},
             )  # fmt: skip
         finally:
             logger.setLevel(level)

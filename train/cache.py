@@ -29,7 +29,7 @@ from train.vae import Vae
 
 T = TypeVar("T")
 
-KEYS = ("z_0", "image", "image_latent", "normal_latent", "focal")
+KEYS = ("z_0", "image", "image_latent", "focal")
 
 ENCODED_TOGETHER = 8
 """Variants that one call of the encoder takes."""
@@ -48,7 +48,6 @@ class LatentCache:
     z_0: Tensor  # (N, 6, 8, h, w) float16
     image: Tensor  # (N, M, H, W, 3) uint8
     image_latent: Tensor  # (N, M, 4, h, w) float16
-    normal_latent: Tensor  # (N, M, 4, h, w) float16, of the input views' own normal maps
     focal: Tensor  # (N, M) float32
     objects: int  # each with N / objects variants, side by side
     shards: tuple[str, ...] = ()  # names of the files they come from
@@ -68,13 +67,13 @@ class LatentCache:
         """A batch of variants of different objects (as far as there are enough), on the device."""
         places = _places(self.variants, self.objects, self.image.shape[1], count, generator)
         rows, view = (place.to(self.z_0.device) for place in places)
-        seen = [getattr(self, key)[rows, view] for key in KEYS[1:]]
-        return _batch(self.z_0[rows], *seen, self.device)
+        parts = self.z_0[rows], self.image[rows, view], self.image_latent[rows, view], self.focal[rows, view]
+        return _batch(*parts, self.device)
 
     def free(self) -> None:
         """Give the memory back, whoever still holds the cache; nothing can be drawn from it any more."""
-        for key in KEYS:
-            getattr(self, key).untyped_storage().resize_(0)
+        for tensor in (self.z_0, self.image, self.image_latent, self.focal):
+            tensor.untyped_storage().resize_(0)
 
 
 class MappedCache:
@@ -105,7 +104,7 @@ class MappedCache:
             )
 
         z_0 = torch.cat([self._files[i].get_slice("z_0")[r : r + 1] for i, r, _ in picked])
-        return _batch(z_0, *(read(key) for key in KEYS[1:]), self.device)
+        return _batch(z_0, read("image"), read("image_latent"), read("focal"), self.device)
 
     def free(self) -> None:
         """Close the files; nothing can be drawn any more."""
@@ -132,21 +131,13 @@ def _places(
     return picks * per_object + variant, view
 
 
-def _batch(
-    z_0: Tensor,
-    image: Tensor,
-    image_latent: Tensor,
-    normal_latent: Tensor,
-    focal: Tensor,
-    device: torch.device,
-) -> Batch:
+def _batch(z_0: Tensor, image: Tensor, image_latent: Tensor, focal: Tensor, device: torch.device) -> Batch:
     """Stored rows as a batch; they travel in their stored types, the smallest."""
     return Batch(
         z_0=z_0.to(device).float(),
         image=image.to(device).permute(0, 3, 1, 2).float() / 255.0,
         image_latent=image_latent.to(device).float(),
         focal=focal.to(device),
-        normal_latent=normal_latent.to(device).float(),
     )
 
 
@@ -167,31 +158,24 @@ def build_shard(
     z_0 = torch.empty(count, 6, 2 * shape.latent_channels, side, side, dtype=torch.float16)
     image = torch.empty(count, inputs, px, px, 3, dtype=torch.uint8)
     image_latent = torch.empty(count, inputs, shape.latent_channels, side, side, dtype=torch.float16)
-    normal_latent = torch.empty_like(image_latent)
     focal = torch.empty(count, inputs)
     stream = render_folder(objects, device, variants, inputs, seed, workers, image_px=px)
     for together in _chunks(tqdm(stream, total=count, desc=out.stem, mininterval=5, disable=None)):
         pictures = [
-            torch.cat(
-                [
-                    item.color,
-                    item.normal,
-                    *(torch.from_numpy(x).to(device) for x in (item.inputs, item.input_normal)),
-                ]
-            )
+            torch.cat([item.color, item.normal, torch.from_numpy(item.inputs).to(device)])
             for _, _, item in together
         ]
         # One call for many variants: a network as small is bound by its launches.
         latents = encode_bytes(vae, torch.cat(pictures)).to("cpu", torch.float16)
-        for (index, variant, item), own in zip(together, latents.split(12 + 2 * inputs), strict=True):
+        for (index, variant, item), own in zip(together, latents.split(12 + inputs), strict=True):
             row = index * variants + variant
             z_0[row] = torch.cat([own[:6], own[6:12]], dim=1)
-            image_latent[row], normal_latent[row] = own[12:].chunk(2)
-            image[row], focal[row] = torch.from_numpy(item.inputs), torch.from_numpy(item.focal)
+            image[row], image_latent[row] = torch.from_numpy(item.inputs), own[12:]
+            focal[row] = torch.from_numpy(item.focal)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     names = json.dumps([path.name for path in objects])
-    tensors = dict(zip(KEYS, (z_0, image, image_latent, normal_latent, focal), strict=True))
+    tensors = {"z_0": z_0, "image": image, "image_latent": image_latent, "focal": focal}
     save_file(tensors, temporary, {"objects": names, "variants": str(variants), "vae": vae_fingerprint(vae)})
     temporary.replace(out)
 
@@ -297,11 +281,6 @@ def _head(path: Path, file: Any, fingerprint: str) -> Shard:
     if meta["vae"] != fingerprint:
         raise CheckpointError(
             f"{path} was encoded by another autoencoder; give its --vae, or make the cache again"
-        )
-    if missing := set(KEYS) - set(file.keys()):
-        raise CheckpointError(
-            f"{path} has no {', '.join(sorted(missing))}, as an older version made it; make the cache again "
-            f"with: python -m train cache --out {path.parent}"
         )
     shard = Shard(path.name, len(json.loads(meta["objects"])), int(meta["variants"]))
     for key in KEYS:

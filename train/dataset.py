@@ -60,7 +60,6 @@ class Variant:
     color: torch.Tensor  # (6, P, P, 3) uint8, on the render device
     normal: torch.Tensor  # (6, P, P, 3) uint8, on the render device
     inputs: ByteArray  # (M, P, P, 3), framed as the runtime frames a picture
-    input_normal: ByteArray  # (M, P, P, 3), normal maps of the inputs, framed as they are
     focal: FloatArray  # (M,) f~; 0 is orthographic
     elevation_deg: FloatArray  # (M,)
 
@@ -71,14 +70,6 @@ class _Plan:
 
     targets: tuple[View, ...]
     inputs: tuple[View, ...]
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Of what is rendered."""
-
-    image_px: int  # P
-    samples: int  # along each side of a pixel
 
 
 def variant_rng(seed: int, name: str, variant: int, attempt: int = 0) -> np.random.Generator:
@@ -108,10 +99,9 @@ def render_variant(
     Raises:
         ValueError: the input views show nothing, in `MAX_ATTEMPTS` draws.
     """
-    sizes = _Sizes(image_px, samples)
     for _attempt in range(MAX_ATTEMPTS):
         plan = _plan_variant(scene.object, rng, num_inputs, augment)
-        inputs = _render_inputs(scene, plan.inputs, sizes)
+        inputs = _render_inputs(scene, plan.inputs, image_px, samples)
         if not all(inputs.seen):
             continue
         targets = scene.render_torch(plan.targets, image_px, samples)
@@ -155,7 +145,7 @@ def render_folder(
             "needs at least one object, variant and worker; "
             f"got {len(objects)} objects, {variants=}, {workers=}"
         )
-    ahead, sizes = 2 * workers, _Sizes(image_px, samples)
+    ahead = 2 * workers
     with ThreadPoolExecutor(workers) as readers:
         reading: deque[Future[list[_Group]]] = deque()
         try:
@@ -168,7 +158,7 @@ def render_folder(
                 done = index - ahead + 1
                 rendered: dict[int, Variant] = {}
                 for group in reading.popleft().result():
-                    rendered |= _render_group(group, device, seed, inputs, augment, sizes)
+                    rendered |= _render_group(group, device, seed, inputs, augment, image_px, samples)
                 for number in range(variants):
                     yield done, number, rendered[number]
                 if on_progress is not None:
@@ -235,32 +225,28 @@ class _Inputs:
     """M input views, framed, on the host."""
 
     pictures: ByteArray  # (M, P, P, 3)
-    normals: ByteArray  # (M, P, P, 3)
     seen: list[bool]  # whether a view shows anything
 
     def part(self, rows: slice) -> _Inputs:
-        return _Inputs(self.pictures[rows], self.normals[rows], self.seen[rows])
+        return _Inputs(self.pictures[rows], self.seen[rows])
 
 
-def _render_inputs(scene: Scene, views: Sequence[View], sizes: _Sizes) -> _Inputs:
+def _render_inputs(scene: Scene, views: Sequence[View], image_px: int, samples: int) -> _Inputs:
     if not views:
-        nothing = np.zeros((0, sizes.image_px, sizes.image_px, 3), np.uint8)
-        return _Inputs(nothing, nothing, [])
-    size_px = round(sizes.image_px * INPUT_OVERSAMPLE)
-    images = scene.render_torch(views, size_px, sizes.samples, straight_alpha=True)
-    pictures, normals, seen = framed(images, sizes.image_px)
-    return _Inputs(pictures.cpu().numpy(), normals.cpu().numpy(), seen)
+        return _Inputs(np.zeros((0, image_px, image_px, 3), np.uint8), [])
+    images = scene.render_torch(views, round(image_px * INPUT_OVERSAMPLE), samples, straight_alpha=True)
+    pictures, seen = framed(images, image_px)
+    return _Inputs(pictures.cpu().numpy(), seen)
 
 
 def _render_group(
-    group: _Group, device: str, seed: int, num_inputs: int, augment: bool, sizes: _Sizes
+    group: _Group, device: str, seed: int, num_inputs: int, augment: bool, image_px: int, samples: int
 ) -> dict[int, Variant]:
     """The group's variants by their number."""
-    px, samples = sizes.image_px, sizes.samples
     rendered: dict[int, Variant] = {}
     with Scene(group.object, device) as scene:
-        targets = scene.render_torch([v for _, plan in group.plans for v in plan.targets], px, samples)
-        inputs = _render_inputs(scene, [v for _, plan in group.plans for v in plan.inputs], sizes)
+        targets = scene.render_torch([v for _, plan in group.plans for v in plan.targets], image_px, samples)
+        inputs = _render_inputs(scene, [v for _, plan in group.plans for v in plan.inputs], image_px, samples)
         for k, (number, plan) in enumerate(group.plans):
             own = inputs.part(slice(k * num_inputs, (k + 1) * num_inputs))
             if all(own.seen):
@@ -270,7 +256,7 @@ def _render_group(
             else:  # draw again, from numbers of its own
                 rng = variant_rng(seed, group.object.name, number, attempt=1)
                 rendered[number] = render_variant(
-                    scene, rng, num_inputs, augment, image_px=px, samples=samples
+                    scene, rng, num_inputs, augment, image_px=image_px, samples=samples
                 )
     return rendered
 
@@ -280,7 +266,6 @@ def _variant(targets: ImageTensors, inputs: _Inputs, plan: _Plan) -> Variant:
         color=targets.color,
         normal=targets.normal,
         inputs=inputs.pictures,
-        input_normal=inputs.normals,
         focal=np.array([view.camera.normalized_focal for view in plan.inputs], np.float32),
         elevation_deg=np.array([view.camera.elevation_deg for view in plan.inputs], np.float32),
     )

@@ -119,7 +119,6 @@ def traced_activations(preset: Preset) -> int:
             image=torch.zeros(b, 3, shape.image_px, shape.image_px),
             image_latent=torch.zeros(b, channels, side, side),
             focal=torch.zeros(b),
-            normal_latent=torch.zeros(b, channels, side, side),
         )
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)  # counted by itself

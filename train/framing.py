@@ -13,29 +13,21 @@ from torch import Tensor
 from train.render import ImageTensors
 from uc3d_rt.preprocess import SOLID, frame_of_box
 
-NO_NORMAL = 128
-"""The byte of a normal map that stands for 0; all three of them say background."""
 
-
-def framed(images: ImageTensors, image_px: int) -> tuple[Tensor, Tensor, list[bool]]:
-    """Views of straight alpha as `frame_object` gives them, and their normal maps in the same frame.
-
-    The background of a normal map is the zero vector, so that a pixel of the outline is weighted by what
-    the object covers of it, and shorter than 1.
+def framed(images: ImageTensors, image_px: int) -> tuple[Tensor, list[bool]]:
+    """Views of straight alpha as `frame_object` gives them.
 
     Returns:
-        Pictures and normal maps, both (N, image_px, image_px, 3) uint8 on the device; and of each view
-        whether it shows anything to frame.
+        Pictures (N, image_px, image_px, 3) uint8 on the device; and of each view whether it shows
+        anything to frame.
     """
     start, side, seen = _frames(images.alpha)
     alpha = images.alpha[..., None].int()
     product = images.color.int() * alpha + 128  # premultiplied, in Pillow's integers
     layers = torch.cat([((product >> 8) + product) >> 8, alpha], dim=-1)
-    normal = images.normal.float() - NO_NORMAL
-    square = _resampled(torch.cat([layers.float(), normal], dim=-1), start, side, image_px)
-    pictures = (square[..., :3] + (255.0 - square[..., 3:4])).clamp(0.0, 255.0)
-    normals = square[..., 4:] + NO_NORMAL
-    return pictures.byte(), normals.clamp(0.0, 255.0).byte(), seen
+    square = _resampled(layers.float(), start, side, image_px)
+    pictures = (square[..., :3] + (255.0 - square[..., 3:])).clamp(0.0, 255.0)
+    return pictures.byte(), seen
 
 
 def _frames(alpha: Tensor) -> tuple[Tensor, Tensor, list[bool]]:

@@ -52,25 +52,6 @@ def diffusion_loss(prediction: Tensor, z_0: Tensor, eps: Tensor, alpha_bar: Tens
     return per_view.sum()
 
 
-def picture_loss(output: Tensor, normal_latent: Tensor, seen: Tensor) -> Tensor:
-    """How far what the UNet makes of the input picture is from `-E(n_y)`, the picture's own normal map.
-
-    Not of the paper.  The picture goes through the UNet as a view, and what the views have to look up
-    there is its shape, which shading and outline tell place by place.  `-E(n_y)` is what `v` is of a
-    latent when nothing but noise is left of it, so that the last layer says the same of all views.
-
-    Args:
-        output: normal half of the picture's output (b, c, h, w).
-        normal_latent: E(n_y) of the same shape, framed as the picture is.
-        seen: (b,) False where the picture was dropped (the unconditional branch).
-
-    Returns:
-        Scalar: mean over the pictures that were seen and over entries; 0 if none was.
-    """
-    errors = (output.float() + normal_latent.float()).square().mean(dim=(1, 2, 3))
-    return (errors * seen).sum() / seen.sum().clamp_min(1)
-
-
 def variance_loss(features: Tensor) -> Tensor:
     """Eq. 11-13: variance of bottleneck features over noise draws, summed over views.
 

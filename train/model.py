@@ -12,7 +12,6 @@ from train.losses import (
     diffusion_loss,
     mutual_information_loss,
     noisy_latent,
-    picture_loss,
     predicted_z_0,
     variance_loss,
 )
@@ -31,7 +30,6 @@ class Batch:
     image: Tensor  # (b, 3, H, W) input views in [0, 1]
     image_latent: Tensor  # (b, 4, h, w) E(y)
     focal: Tensor  # (b,) f~
-    normal_latent: Tensor | None = None  # (b, 4, h, w) E(n_y), of the input view's own normal map
 
 
 def timesteps(uniform: Tensor, train_steps: int, bias: float, last_share: float = 0.0) -> Tensor:
@@ -96,19 +94,13 @@ class MultiviewModel(nn.Module):
         z_0, t, focal = batch.z_0[rows], t[rows], focal[rows]
         alpha_bar = self.alpha_bar[t]
         z_t = noisy_latent(z_0, eps, alpha_bar)
-        output = self.unet(
-            z_t.flatten(0, 1), t.float(), tokens[rows], image_latent[rows], focal, with_picture=True
-        ).unflatten(0, (len(rows), -1))
-        prediction, picture = output[:, :-1].float(), output[:, -1]
+        prediction = self.unet(z_t.flatten(0, 1), t.float(), tokens[rows], image_latent[rows], focal)
+        prediction = prediction.reshape(z_0.shape).float()
         features, self.unet.mid_features = self.unet.mid_features, None  # not kept: it holds the graph
 
         kind = self.preset.schedule.prediction
         losses = {"diffusion": diffusion_loss(prediction, z_0, eps, alpha_bar, kind)}
         total = losses["diffusion"]
-        if weights.lambda_picture > 0 and batch.normal_latent is not None:
-            normals = picture[:b, batch.image_latent.shape[1] :]
-            losses["picture"] = picture_loss(normals, batch.normal_latent, keep)
-            total = total + weights.lambda_picture * losses["picture"]
         if weights.lambda_var > 0:
             assert features is not None
             features = features.reshape(rows.numel(), z_0.shape[1], -1)

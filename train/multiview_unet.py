@@ -3,8 +3,7 @@
 Six views of a sample are six entries of the batch, views varying fastest: `(b v) c h w`.  The
 input of a view is `[z_t (8); E(y) (4)]`, the output 8 channels, colour then normal (Sec. 3.2).
 The input picture goes through the network as a seventh view; self-attention of the six sees its
-tokens beside their own (reference attention, as in Zero123++).  What it becomes is dropped, but for
-training, where it may be asked for the picture's own normals.
+tokens beside their own (reference attention, as in Zero123++).  What it becomes is dropped.
 The same code builds the small `edge` network and widens a pretrained SDXL UNet.
 """
 
@@ -162,9 +161,7 @@ class MultiviewUNet(nn.Module):
         tokens: Tensor,  # (b, tokens, token_dim)
         image_latent: Tensor,  # (b, 4, h, w)
         focal: Tensor,  # (b,)
-        with_picture: bool = False,
     ) -> Tensor:
-        """((b v), 8, h, w); with the picture's as a view of its own, the last, ((b (v + 1)), 8, h, w)."""
         v = self.spec.views
         embeddings = torch.cat([self.view_embedding.weight, self.picture_embedding[None]])
         condition = (embeddings + self.embed_focal(focal)[:, None]).flatten(0, 1)
@@ -179,7 +176,7 @@ class MultiviewUNet(nn.Module):
             class_labels=condition,
             return_dict=False,
         )[0]
-        return out if with_picture else self._targets(out)
+        return self._targets(out)
 
 
 def build_unet(spec: UNetSpec) -> UNet2DConditionModel:

@@ -105,7 +105,6 @@ class LossWeights:
 
     lambda_var: float = 0.01  # on the mean over feature entries (Eq. 11 sums over them)
     lambda_mi: float = 0.05
-    lambda_picture: float = 0.0  # beside Eq. 18: of the picture's own normals, see `picture_loss`
     temperature: float = 0.1  # tau of Eq. 16
     var_draws: int = 2  # K of Eq. 10: noise draws of the same z_0 at the same t
     var_objects: int = 8  # objects of a batch that get K draws
@@ -113,8 +112,7 @@ class LossWeights:
     mi_views: int = 1  # views a step that are decoded for Eq. 16 (drawn at random)
 
     def __post_init__(self) -> None:
-        weights = (self.lambda_var, self.lambda_mi, self.lambda_picture)
-        if not (all(weight >= 0 for weight in weights) and self.temperature > 0):
+        if not (self.lambda_var >= 0 and self.lambda_mi >= 0 and self.temperature > 0):
             raise ValueError(f"loss weights must be 0 or more and the temperature positive, got {self}")
         if self.lambda_var > 0 and (self.var_draws < 2 or self.var_objects < 1):
             raise ValueError(f"L_var needs var_draws >= 2 of var_objects >= 1, got {self}")

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from onnx import numpy_helper
 
 from export import quantization, verification
 from export.__main__ import cli
@@ -36,9 +37,26 @@ def times(fp32_ms: float, int8_ms: float) -> object:
     return compared
 
 
-def unchanged(source: Path, target: Path, calls: object) -> None:
+def unchanged(source: Path, target: Path, *_: object) -> None:
     """In the place of the quantizer, for tests of what comes after it."""
     shutil.copyfile(source, target)
+
+
+@pytest.mark.parametrize(("saturates", "largest"), [(True, 64), (False, 127)])
+def test_weights_get_seven_bits_where_products_saturate(
+    saturates: bool, largest: int, copy: Path, object_png: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "_compared_calls", times(2.0, 1.0))
+    monkeypatch.setattr(quantization, "products_saturate", lambda: saturates)
+    monkeypatch.setitem(quantization.SAMPLE_LIMIT_DB, "int8", 0.0)
+    result = run("--bundle", copy, object_png)
+    assert result.exit_code == 0, result.output
+    assert ("weights get seven bits" in result.output) == saturates
+    (folder,) = (copy / BUILT_NAME).iterdir()
+    stored = onnx.load(folder / "unet.onnx").graph.initializer
+    weights = [numpy_helper.to_array(t) for t in stored if t.data_type == onnx.TensorProto.INT8]
+    peaks = [int(np.abs(weight.astype(int)).max()) for weight in weights if weight.size >= 64]
+    assert len(peaks) > 50 and largest - 1 <= max(peaks) <= largest
 
 
 def test_int8_is_made_and_taken(copy: Path, object_png: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,6 @@ def random_cache(objects: int = 5) -> LatentCache:
         z_0=torch.randn((objects, 6, 8, 8, 8), generator=generator).half(),
         image=torch.randint(0, 256, (objects, 1, 32, 32, 3), dtype=torch.uint8, generator=generator),
         image_latent=torch.randn((objects, 1, 4, 8, 8), generator=generator).half(),
-        normal_latent=torch.randn((objects, 1, 4, 8, 8), generator=generator).half(),
         focal=torch.rand((objects, 1), generator=generator),
         objects=objects,
     )

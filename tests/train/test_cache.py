@@ -10,15 +10,7 @@ import trimesh
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from train.cache import (
-    PLACES,
-    LatentCache,
-    MappedCache,
-    build_shard,
-    load_cache,
-    shares,
-    vae_fingerprint,
-)
+from train.cache import PLACES, LatentCache, MappedCache, build_shard, load_cache, shares, vae_fingerprint
 from train.checkpoint import CheckpointError
 from train.dataset import render_folder
 from train.objects import find_objects
@@ -68,10 +60,7 @@ def test_shard_holds_the_encoded_renders(folder: Path, objects: list[Path], vae:
             torch.testing.assert_close(shard["z_0"][row, :, half].float(), truth, atol=2e-3, rtol=2e-3)
         truth = vae.encode(torch.from_numpy(item.inputs).permute(0, 3, 1, 2).float() / 255.0)
         torch.testing.assert_close(shard["image_latent"][row].float(), truth, atol=2e-3, rtol=2e-3)
-        truth = vae.encode(torch.from_numpy(item.input_normal).permute(0, 3, 1, 2).float() / 255.0)
-        torch.testing.assert_close(shard["normal_latent"][row].float(), truth, atol=2e-3, rtol=2e-3)
         assert np.array_equal(shard["focal"][row], item.focal)
-    assert shard["normal_latent"].shape == (len(share) * VARIANTS, INPUTS, 4, 8, 8)
     assert [path.suffix for path in folder.iterdir()] == [".safetensors"] * 2
 
 
@@ -89,13 +78,12 @@ def test_a_batch_shows_different_objects(folder: Path, vae: Vae) -> None:
         rows = [_row(cache, z_0) for z_0 in batch.z_0]
         assert {row // VARIANTS for row in rows} == {0, 1, 2}
         seen.update(rows)
-        for k, row in enumerate(rows):  # image, E(y), normals and f~ are of one input view of that variant
+        for k, row in enumerate(rows):  # image, E(y) and f~ are of one input view of that variant
             views = [
                 view
                 for view in range(INPUTS)
                 if torch.equal(batch.image[k], cache.image[row, view].permute(2, 0, 1) / 255.0)
                 and torch.equal(batch.image_latent[k], cache.image_latent[row, view].float())
-                and torch.equal(batch.normal_latent[k], cache.normal_latent[row, view].float())
                 and batch.focal[k] == cache.focal[row, view]
             ]
             assert views
@@ -125,11 +113,6 @@ def test_refused_folders(folder: Path, tmp_path: Path, vae: Vae) -> None:
     save_file(twice, tmp_path / "shard-001.safetensors", meta | {"variants": "4"})
     with pytest.raises(CheckpointError, match=r"different numbers of variants: \[2, 4\]"):
         load_cache(tmp_path, vae, CPU)
-    older = {key: value for key, value in load_file(shard).items() if key != "normal_latent"}
-    save_file(older, tmp_path / "shard-001.safetensors", meta)
-    for place in PLACES:
-        with pytest.raises(CheckpointError, match="shard-001.* has no normal_latent.*make the cache again"):
-            load_cache(tmp_path, vae, CPU, place)
     (tmp_path / "shard-001.safetensors").write_bytes(shard.read_bytes()[:999])
     with pytest.raises(CheckpointError, match="shard-001.safetensors is damaged"):
         load_cache(tmp_path, vae, CPU)

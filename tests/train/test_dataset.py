@@ -13,7 +13,6 @@ from train.dataset import (
     render_variant,
     variant_rng,
 )
-from train.framing import NO_NORMAL
 from train.objects import Object, find_objects, load_object
 from train.render import Scene, View
 from train.truth import ground_truth
@@ -48,35 +47,6 @@ def test_variant_shapes_and_framing(folder: Path) -> None:
         dark = (image < 250).any(axis=-1)
         longer = max(dark.any(axis=0).sum(), dark.any(axis=1).sum())
         assert longer == pytest.approx(FILL * PX, abs=2.1)
-
-
-def test_input_normals_are_framed_as_their_pictures(folder: Path) -> None:
-    with Scene(load_object(folder / "object3.ply")) as scene:
-        variant = render_variant(scene, np.random.default_rng(1), 3, image_px=PX)
-    assert variant.input_normal.shape == (3, PX, PX, 3) and variant.input_normal.dtype == np.uint8
-    for picture, normal in zip(variant.inputs, variant.input_normal, strict=True):
-        shown = (picture < 250).any(axis=-1)
-        covered = (normal != NO_NORMAL).any(axis=-1)
-        assert (shown != covered).mean() < 0.03  # pixels of the outline
-        assert (normal[0] == NO_NORMAL).all() and (normal[:, -1] == NO_NORMAL).all()
-        # Weighted by coverage: shorter on the outline, of unit length where all is covered.
-        length = np.linalg.norm(normal / 127.5 - 1.0, axis=-1)
-        assert length.max() <= 1.01 and np.median(length[length > 0.1]) > 0.9
-
-
-def test_input_normals_of_a_ball(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "random_input_camera", lambda rng: Camera(0.0))
-    trimesh.creation.icosphere(subdivisions=5).export(tmp_path / "ball.ply")
-    with Scene(load_object(tmp_path / "ball.ply")) as scene:
-        ball = render_variant(scene, np.random.default_rng(2), 1, augment=False, image_px=PX)
-    normal = (ball.input_normal[0].astype(float) - NO_NORMAL) / 127.0
-    middle = slice(PX // 2 - 1, PX // 2 + 1)
-    assert normal[middle, middle].mean(axis=(0, 1)) == pytest.approx([0, 0, 1], abs=0.03)
-    radius = FILL * PX / 2
-    x = np.broadcast_to((np.arange(PX) + 0.5 - PX / 2) / radius, (PX, PX))
-    inside = x**2 + x.T**2 < 0.8
-    assert normal[..., 0][inside] == pytest.approx(x[inside], abs=0.06)  # to the right
-    assert normal[..., 1][inside] == pytest.approx(-x.T[inside], abs=0.06)  # upwards
 
 
 def test_color_and_normal_agree_on_the_silhouette(folder: Path) -> None:
@@ -132,7 +102,6 @@ def test_the_order_of_work_does_not_matter(folder: Path, monkeypatch: pytest.Mon
     assert one.keys() == three.keys() and len(one) == 8
     for key, variant in one.items():
         assert torch.equal(variant.color, three[key].color) and torch.equal(variant.normal, three[key].normal)
-        assert (variant.input_normal == three[key].input_normal).all()
         assert (variant.inputs == three[key].inputs).all() and (variant.focal == three[key].focal).all()
     first, second = one[("object0.ply", 0)], one[("object0.ply", 1)]
     assert not torch.equal(first.color, second.color)

@@ -14,7 +14,6 @@ from train.losses import (
     diffusion_loss,
     mutual_information_loss,
     noisy_latent,
-    picture_loss,
     predicted_z_0,
     variance_loss,
     velocity,
@@ -153,17 +152,6 @@ def test_mutual_information_is_least_for_aligned_pairs() -> None:
     assert float(mutual_information_loss(same, same, 0.1)) == pytest.approx(math.log(6), rel=1e-5)
 
 
-def test_picture_loss_is_of_the_pictures_that_were_seen() -> None:
-    generator = torch.Generator().manual_seed(3)
-    output, normals = torch.randn(2, 3, 4, 2, 2, generator=generator).unbind()
-    seen = torch.tensor([1.0, 0.0, 1.0])
-    a, b = output.double().numpy(), normals.double().numpy()
-    truth = np.mean([((a[k] + b[k]) ** 2).mean() for k in (0, 2)])
-    assert float(picture_loss(output, normals, seen)) == pytest.approx(truth, rel=1e-6)
-    assert float(picture_loss(-normals, normals, seen)) == 0.0
-    assert float(picture_loss(output, normals, torch.zeros(3))) == 0.0
-
-
 def test_similarity_is_not_rounded_under_autocast() -> None:
     generator = torch.Generator().manual_seed(0)
     x, n = torch.randn(2, 1, 8, 128, generator=generator)
@@ -179,10 +167,9 @@ def test_similarity_is_not_rounded_under_autocast() -> None:
             x.reshape(2, 1, 2, 2, 2), *torch.ones(2, 2, 1, 2, 2, 2), torch.tensor([0.3, 0.8]), "v"
         ),
         lambda x: variance_loss(x.reshape(2, 2, 2, 2)),
-        lambda x: picture_loss(x.reshape(2, 2, 2, 2), torch.ones(2, 2, 2, 2), torch.tensor([1.0, 1.0])),
         lambda x: mutual_information_loss(x[:8].reshape(1, 4, 2), x[8:].reshape(1, 4, 2), 0.5),
     ],
-    ids=["diffusion", "variance", "picture", "mutual-information"],
+    ids=["diffusion", "variance", "mutual-information"],
 )
 def test_gradients_against_finite_differences(loss: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(16, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -216,7 +203,6 @@ def batch_of(b: int, preset: Preset = TOY) -> Batch:
         image=torch.rand((b, 3, shape.image_px, shape.image_px), generator=generator),
         image_latent=normal(b, c, side, side),
         focal=torch.linspace(0.5, 3.0, b),
-        normal_latent=normal(b, c, side, side),
     )
 
 
@@ -323,23 +309,6 @@ def test_eq_18_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     total = losses["diffusion"] + 0.3 * losses["var"] + 0.7 * losses["mi"]
     torch.testing.assert_close(losses["total"], total)
     assert (LossWeights().lambda_var, LossWeights().lambda_mi) == (0.01, 0.05)  # Sec. 4.1.3
-
-
-def test_the_pictures_own_normals_are_asked_of_what_the_unet_makes_of_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plain = Spy(toy(), 6, monkeypatch).losses
-    spy = Spy(toy(lambda_picture=0.4), 6, monkeypatch)
-    assert "picture" not in plain  # off in the paper's own loss
-    torch.testing.assert_close(spy.losses["diffusion"], plain["diffusion"])
-    torch.testing.assert_close(spy.losses["total"], plain["total"] + 0.4 * spy.losses["picture"])
-    seen = (spy.calls["unet"][2][:6].abs().sum(dim=(1, 2)) > 0).float()
-    with torch.no_grad():
-        output = spy.model.unet(*spy.calls["unet"], with_picture=True).unflatten(0, (-1, 7))
-        views = spy.model.unet(*spy.calls["unet"])
-    torch.testing.assert_close(output[:, :6].flatten(0, 1), views)
-    truth = picture_loss(output[:6, 6, 4:], spy.batch.normal_latent, seen)
-    torch.testing.assert_close(spy.losses["picture"].detach(), truth)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,6 @@ def test_sdxl_trains_through_the_same_command(
         "z_0": torch.randn(3, 6, 8, 8, 8).half(),
         "image": torch.zeros(3, 1, 32, 32, 3, dtype=torch.uint8),
         "image_latent": torch.randn(3, 1, 4, 8, 8).half(),
-        "normal_latent": torch.randn(3, 1, 4, 8, 8).half(),
         "focal": torch.zeros(3, 1),
     }
     save_file(tensors, tmp_path / "cache/shard-000.safetensors", meta)

@@ -44,7 +44,6 @@ def tensors(objects: int = 5) -> dict[str, torch.Tensor]:
         "z_0": z_0.half(),
         "image": torch.randint(0, 256, (2 * objects, 2, 32, 32, 3), dtype=torch.uint8, generator=generator),
         "image_latent": torch.randn((2 * objects, 2, 4, 8, 8), generator=generator).half(),
-        "normal_latent": torch.randn((2 * objects, 2, 4, 8, 8), generator=generator).half(),
         "focal": torch.rand((2 * objects, 2), generator=generator),
     }
 

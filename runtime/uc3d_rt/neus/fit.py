@@ -59,7 +59,7 @@ class FitOptions:
     blurred_iterations: tuple[int, int] = (80, 60)  # of the second start, which is not carved: with a blurred
     # surface on a grid of MIN_BLURRED_NODES or a little more, and with a sharp one on each grid from there to
     # the first start's coarsest; none with a blurred one = one start only
-    second_start_loss: float = 0.9  # the second start goes on as long as its `view_loss` is below this share
+    second_start_loss: float = 0.98  # the second start goes on as long as its `view_loss` is below this share
     # of the first's on the same grid
     rays_per_iteration: int = 25_000
     seed: int = 0
