@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 from train.checkpoint import build_vae
 from train.model import Batch, MultiviewModel
 from train.optimizer import is_matrix
+from train.outline import OutlineProbe
 from train.presets import Preset
 from train.trainer import recompute_blocks
 
@@ -109,6 +110,7 @@ def traced_activations(preset: Preset) -> int:
     with FakeTensorMode():
         model, vae = MultiviewModel(preset), build_vae(preset).requires_grad_(False)
         model.alpha_bar = torch.zeros(preset.schedule.train_steps)
+        outline = OutlineProbe(preset.unet.latent_channels).requires_grad_(False)
         if preset.train.gradient_checkpointing:
             recompute_blocks(model, vae)
         if preset.train.losses.lambda_mi == 0:
@@ -125,7 +127,7 @@ def traced_activations(preset: Preset) -> int:
         live = _LiveBytes()
         with live:
             with torch.autocast("cpu", torch.bfloat16):
-                losses = model(batch, vae, torch.Generator())
+                losses = model(batch, vae, torch.Generator(), outline)
             losses["total"].backward()
     return live.peak
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+RELATIVE_FLOOR = 0.1
+"""Of an error's share of the mean error in `relative_weights`: no sample counts without limit."""
+
 
 def noisy_latent(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """Eq. 6: `z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps`.
@@ -38,18 +41,59 @@ def predicted_z_0(prediction: Tensor, z_t: Tensor, alpha_bar: Tensor, kind: str)
     return (z_t - (1.0 - a).sqrt() * prediction) / a.sqrt()
 
 
-def diffusion_loss(prediction: Tensor, z_0: Tensor, eps: Tensor, alpha_bar: Tensor, kind: str) -> Tensor:
+def relative_weights(error: Tensor, where: Tensor, power: float) -> Tensor:
+    """Weights of samples by their own error, `e^-power`, which leave the sum of errors as it is.
+
+    With power 1 every sample adds alike: the gradient is that of the mean logarithm, as of a mean PSNR.
+    With 0 those that are wrong most count most, as in Eq. 9.
+
+    Args:
+        error: (b, d) mean squared errors; no gradient goes through the weights.
+        where: (b,) samples that are weighted; the others get 1.
+    """
+    e = error.detach()
+    kept = where[:, None].to(e.dtype)
+    mean = (e * kept).sum(dim=0) / kept.sum(dim=0).clamp_min(1.0)
+    weights = (e / mean.clamp_min(1e-12)).clamp_min(RELATIVE_FLOOR) ** -power
+    weights = weights * (e * kept).sum(dim=0) / (weights * e * kept).sum(dim=0).clamp_min(1e-12)
+    return torch.where(where[:, None], weights, 1.0)
+
+
+def diffusion_loss(
+    prediction: Tensor, z_0: Tensor, eps: Tensor, alpha_bar: Tensor, kind: str,
+    relative: tuple[Tensor, float] | None = None,
+) -> Tensor:  # fmt: skip
     """Eq. 9, summed over views, mean over batch and latent entries.
 
     With `kind="v"` the squared error is that of `v`, which is Eq. 9 weighted by `1 / alpha_bar`:
     `||v - v^||^2 = ||eps - eps^||^2 / alpha_bar` for the eps that v implies at the same `z_t`.
 
     Args:
-        prediction: network output (b, V, c, h, w).
+        prediction: network output (b, V, 2c, h, w).
+        relative: which samples (b,) are weighted by their own error, and the power of `relative_weights`;
+            colours and normals, the two halves of the channels, each by theirs.
     """
     target = velocity(z_0, eps, alpha_bar) if kind == "v" else eps
-    per_view = (prediction.float() - target.float()).square().mean(dim=(0, 2, 3, 4))  # (V,)
-    return per_view.sum()
+    squares = (prediction.float() - target.float()).square()
+    error = squares.unflatten(2, (2, -1)).mean(dim=(3, 4, 5))  # (b, V, 2)
+    if relative is not None:
+        error = error * relative_weights(error.mean(dim=1), *relative)[:, None]
+    return error.mean(dim=(0, 2)).sum()
+
+
+def outline_loss(logits: Tensor, truth: Tensor, where: Tensor) -> Tensor:
+    """One minus the soft intersection over union of silhouettes, summed over views, mean over samples.
+
+    Args:
+        logits: (b, V, h, w) of the coverage of each cell.
+        truth: (b, V, h, w) coverage in [0, 1].
+        where: (b,) samples that count.
+    """
+    covered = logits.float().sigmoid()
+    both = (covered * truth).sum(dim=(2, 3))
+    either = (covered + truth - covered * truth).sum(dim=(2, 3))
+    lost = (1.0 - both / either.clamp_min(1e-6)).sum(dim=1)  # (b,)
+    return (lost * where).sum() / where.sum().clamp_min(1.0)
 
 
 def variance_loss(features: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from train.losses import (
     diffusion_loss,
     mutual_information_loss,
     noisy_latent,
+    outline_loss,
     predicted_z_0,
     variance_loss,
 )
@@ -56,12 +57,17 @@ class MultiviewModel(nn.Module):
         alpha_bar = torch.from_numpy(alpha_bars(preset.schedule)).float()
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
 
-    def forward(self, batch: Batch, vae: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Batch, vae: nn.Module, generator: torch.Generator, outline: nn.Module | None = None
+    ) -> dict[str, Tensor]:
         """Losses of one batch (Eq. 18); `vae` is frozen and only decodes x^_0 for L_MI.
 
         The first objects, the group, share one timestep and one noise (the negatives of Eq. 16);
         `var_objects` of them get further draws, whose noise they share too (Eq. 10).  The others
         get one draw at a timestep of their own; the unconditional branch is trained on them only.
+
+        At the last timestep, where only the picture tells anything, errors may be weighted by themselves
+        (`LossWeights.relative_power`) and outlines compared (`lambda_outline`, by the frozen `outline`).
         """
         spec, weights = self.preset.train, self.preset.train.losses
         b, device = batch.z_0.shape[0], batch.z_0.device
@@ -99,8 +105,19 @@ class MultiviewModel(nn.Module):
         features, self.unet.mid_features = self.unet.mid_features, None  # not kept: it holds the graph
 
         kind = self.preset.schedule.prediction
-        losses = {"diffusion": diffusion_loss(prediction, z_0, eps, alpha_bar, kind)}
+        last = t == self.preset.schedule.train_steps - 1
+        relative = (last & keep[rows].bool(), weights.relative_power) if weights.relative_power > 0 else None
+        losses = {"diffusion": diffusion_loss(prediction, z_0, eps, alpha_bar, kind, relative)}
         total = losses["diffusion"]
+        if weights.lambda_outline > 0:
+            assert outline is not None
+            c = z_0.shape[2] // 2
+            guess = predicted_z_0(prediction, z_t, alpha_bar, kind)[:, :, c:]
+            with torch.no_grad():
+                truth = outline(z_0[:, :, c:].flatten(0, 1)).float().sigmoid().unflatten(0, z_0.shape[:2])
+            logits = outline(guess.flatten(0, 1)).unflatten(0, z_0.shape[:2])
+            losses["outline"] = outline_loss(logits[:, :, 0], truth[:, :, 0], last & keep[rows].bool())
+            total = total + weights.lambda_outline * losses["outline"]
         if weights.lambda_var > 0:
             assert features is not None
             features = features.reshape(rows.numel(), z_0.shape[1], -1)

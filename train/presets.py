@@ -110,10 +110,14 @@ class LossWeights:
     var_objects: int = 8  # objects of a batch that get K draws
     mi_objects: int = 8  # K of Eq. 16: pairs of one contrast, same t and eps, different objects
     mi_views: int = 1  # views a step that are decoded for Eq. 16 (drawn at random)
+    relative_power: float = 0.0  # at t = T - 1: errors are divided by this power of themselves; 0 = Eq. 9
+    lambda_outline: float = 0.0  # at t = T - 1: on the silhouettes that the predicted z_0 decodes to
 
     def __post_init__(self) -> None:
         if not (self.lambda_var >= 0 and self.lambda_mi >= 0 and self.temperature > 0):
             raise ValueError(f"loss weights must be 0 or more and the temperature positive, got {self}")
+        if not (0 <= self.relative_power <= 1 and self.lambda_outline >= 0):
+            raise ValueError(f"relative_power must be 0 to 1 and lambda_outline 0 or more, got {self}")
         if self.lambda_var > 0 and (self.var_draws < 2 or self.var_objects < 1):
             raise ValueError(f"L_var needs var_draws >= 2 of var_objects >= 1, got {self}")
         if self.lambda_mi > 0 and (self.mi_objects < 2 or self.mi_views < 1):
@@ -227,12 +231,19 @@ EDGE = Preset(
     heads=HeadSpec(),
     # v-prediction and zero terminal SNR: eps at a tiny last alpha_bar multiplies every error.
     schedule=NoiseSchedule(zero_terminal_snr=True, prediction="v"),
-    sampling=SamplingDefaults(guidance_interval=(0.3, 0.4), noise_scale=0.5, first_step_to=0.4),
+    sampling=SamplingDefaults(guidance_interval=(0.15, 0.2), noise_scale=0.5, first_step_to=0.2),
     # The layout is decided at t = T - 1, from the picture alone, and a first step far down keeps it:
     # most of the draws stand there. At less noise the views themselves tell their layout.
     train=TrainSpec(
-        batch=64, steps=20_000, lr=1.5e-3, lr_final=1e-5, warmup=300, optimizer="muon", last_share=0.6
-    ),
+        batch=64,
+        steps=20_000,
+        lr=1.5e-3,
+        lr_final=1e-5,
+        warmup=300,
+        optimizer="muon",
+        last_share=0.7,
+        losses=LossWeights(relative_power=1.0, lambda_outline=0.2),
+    ),  # fmt: skip
 )
 
 TOY = Preset(

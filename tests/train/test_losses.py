@@ -14,11 +14,14 @@ from train.losses import (
     diffusion_loss,
     mutual_information_loss,
     noisy_latent,
+    outline_loss,
     predicted_z_0,
+    relative_weights,
     variance_loss,
     velocity,
 )
 from train.model import Batch, MultiviewModel
+from train.outline import OutlineProbe
 from train.presets import TOY, LossWeights, Preset, with_train
 from train.vae import Vae
 from uc3d_rt.contract import NoiseSchedule
@@ -213,12 +216,16 @@ class Spy:
         torch.manual_seed(0)
         model, vae = MultiviewModel(preset), Vae(preset.vae).eval().requires_grad_(False)
         self.calls: dict[str, tuple] = {}
-        for name in ("noisy_latent", "variance_loss", "mutual_information_loss"):
+        watched = (
+            "noisy_latent", "diffusion_loss", "outline_loss", "variance_loss", "mutual_information_loss",
+        )  # fmt: skip
+        for name in watched:
             monkeypatch.setattr(model_module, name, self.watch(name, getattr(model_module, name)))
         model.contrast = self.watch("contrast", model.contrast)  # type: ignore[method-assign]
         model.unet.register_forward_hook(lambda _m, given, _o: self.calls.__setitem__("unet", given))
         self.batch, self.model = batch_of(b, preset), model
-        self.losses = model(self.batch, vae, torch.Generator().manual_seed(seed))
+        self.outline = OutlineProbe(preset.unet.latent_channels).requires_grad_(False)
+        self.losses = model(self.batch, vae, torch.Generator().manual_seed(seed), self.outline)
 
     def watch(self, name: str, function: Callable) -> Callable:
         def watched(*given: Tensor) -> Tensor:
@@ -302,6 +309,84 @@ def test_unconditional_branch_never_touches_the_group(monkeypatch: pytest.Monkey
     assert empty.tolist() == [False] * group + [True] * (b - group) + [False] * group
     # Image tokens and E(y) go together.
     assert torch.equal(image_latent.abs().sum(dim=(1, 2, 3)) == 0, empty)
+
+
+def test_errors_weighted_by_themselves_count_as_their_logarithms() -> None:
+    scale = torch.linspace(0.5, 2.0, 5, dtype=torch.float64).requires_grad_()
+    errors = torch.stack([scale.square(), 3 * scale.square() + 1], dim=1)
+    every = torch.ones(5, dtype=torch.bool)
+    for power in (0.0, 0.5, 1.0):
+        weighted = relative_weights(errors, every, power) * errors
+        torch.testing.assert_close(weighted.sum(dim=0), errors.sum(dim=0))
+    torch.testing.assert_close(relative_weights(errors, every, 0.0), torch.ones_like(errors))
+    weighted = (relative_weights(errors, every, 1.0) * errors).mean()
+    (found,) = torch.autograd.grad(weighted, scale, retain_graph=True)
+    (truth,) = torch.autograd.grad((errors.log().mean(dim=0) * errors.detach().mean(dim=0)).mean(), scale)
+    torch.testing.assert_close(found, truth)
+    some = torch.tensor([True, False, True, False, False])
+    weights = relative_weights(errors, some, 1.0)
+    assert (weights[~some] == 1).all() and weights[0, 0] > 1 > weights[2, 0]
+    # One that is all but right already does not take the whole gradient, and none at all is no error.
+    assert relative_weights(torch.tensor([[1e-9], [1.0]]), every[:2], 1.0).max() < 30
+    assert (relative_weights(errors, ~every, 1.0) == 1).all()
+
+
+def test_diffusion_loss_weights_colours_and_normals_of_the_samples_named(rng: np.random.Generator) -> None:
+    z_0, eps, guess = latents(rng), latents(rng), latents(rng)
+    where, power = torch.tensor([True, False, True]), 0.7
+    error = np.zeros((B, 2))
+    for b, v, c, y, x in np.ndindex(z_0.shape):
+        target = math.sqrt(ALPHA_BAR[b]) * eps[b, v, c, y, x]
+        target -= math.sqrt(1 - ALPHA_BAR[b]) * z_0[b, v, c, y, x]
+        error[b, c // (C // 2)] += (guess[b, v, c, y, x] - target) ** 2 / (V * C // 2 * H * W)
+    truth = error.copy()
+    for half in range(2):
+        weights = error[[0, 2], half] ** -power
+        weights *= error[[0, 2], half].sum() / (weights * error[[0, 2], half]).sum()
+        truth[[0, 2], half] *= weights
+    arguments = double(guess), double(z_0), double(eps), double(ALPHA_BAR), "v"
+    found = diffusion_loss(*arguments, (where, power))
+    assert float(found) == pytest.approx(V * truth.mean(), rel=1e-6)
+    assert float(diffusion_loss(*arguments, (where, 0.0))) == pytest.approx(float(diffusion_loss(*arguments)))
+
+
+def test_outline_loss_is_one_minus_intersection_over_union(rng: np.random.Generator) -> None:
+    mask, truth = rng.random((2, B, V, 5, 5)) > 0.5
+    lost = np.zeros(B)
+    for b, v in np.ndindex(B, V):
+        lost[b] += 1 - (mask[b, v] & truth[b, v]).sum() / (mask[b, v] | truth[b, v]).sum()
+    logits = double(np.where(mask, 60.0, -60.0))
+    every = torch.ones(B, dtype=torch.bool)
+    found = outline_loss(logits, double(truth.astype(float)), every)
+    assert float(found) == pytest.approx(lost.mean(), rel=1e-5)
+    some = torch.tensor([False, True, True])
+    found = outline_loss(logits, double(truth.astype(float)), some)
+    assert float(found) == pytest.approx(lost[1:].mean(), rel=1e-5)
+    assert float(outline_loss(logits, double(truth.astype(float)), ~every)) == 0
+    # Soft ones, and its gradient, by finite differences in float64.
+    soft, cover = double(rng.normal(size=(B, V, 5, 5))), double(rng.random((B, V, 5, 5)))
+    p, q = 1 / (1 + np.exp(-soft.numpy())), cover.numpy()
+    ratio = (p * q).sum((2, 3)) / (p + q - p * q).sum((2, 3))
+    assert float(outline_loss(soft, cover, every)) == pytest.approx((1 - ratio).sum(1).mean(), rel=1e-5)
+
+
+def test_terms_at_the_last_timestep_see_its_samples_with_their_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    preset = with_train(toy(relative_power=0.5, lambda_outline=0.3, drop_image=0.5), last_share=0.6)
+    spy = Spy(preset, 12, monkeypatch)
+    t, tokens = spy.calls["unet"][1], spy.calls["unet"][2]
+    wanted = (t == TOY.schedule.train_steps - 1) & (tokens.abs().sum(dim=(1, 2)) > 0)
+    assert 0 < wanted.sum() < len(wanted)
+    assert torch.equal(spy.calls["diffusion_loss"][5][0], wanted) and spy.calls["diffusion_loss"][5][1] == 0.5
+    logits, truth, where = spy.calls["outline_loss"]
+    assert torch.equal(where, wanted) and logits.shape == truth.shape == (len(wanted), 6, 16, 16)
+    normals = spy.calls["noisy_latent"][0][:, :, 4:]
+    expected = torch.stack([spy.outline(view)[:, 0].sigmoid() for view in normals])
+    torch.testing.assert_close(truth, expected)
+    losses = spy.losses
+    total = losses["diffusion"] + 0.01 * losses["var"] + 0.05 * losses["mi"] + 0.3 * losses["outline"]
+    torch.testing.assert_close(losses["total"], total)
 
 
 def test_eq_18_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -402,7 +402,7 @@ def fit_images(
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Fill a field from views; arguments and errors as `fit_on_device`."""
-    from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME, Countdown, compared_stages
+    from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME, Countdown, compared_stages, falls_behind
 
     distance, near = outlines_on_device(device, images)
     hull = DeviceHull(device, images, distance, options.resolution)
@@ -442,8 +442,7 @@ def fit_images(
     second: DeviceState | None = None
     for stage, compared in compared_stages(options.blurred_stages):
         second = run(begun(hull.at(stage.resolution), stage) if second is None else next_state(second, stage))
-        limit = losses.get(stage.resolution, math.inf) * options.second_start_loss
-        if compared and view_loss(second, pixels, options) >= limit:
+        if compared and falls_behind(view_loss(second, pixels, options), losses, stage, options):
             second.keep_field()
             second.free()
             second = None

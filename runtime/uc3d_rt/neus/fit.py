@@ -59,8 +59,10 @@ class FitOptions:
     blurred_iterations: tuple[int, int] = (80, 60)  # of the second start, which is not carved: with a blurred
     # surface on a grid of MIN_BLURRED_NODES or a little more, and with a sharp one on each grid from there to
     # the first start's coarsest; none with a blurred one = one start only
-    second_start_loss: float = 0.98  # the second start goes on as long as its `view_loss` is below this share
-    # of the first's on the same grid
+    second_start_loss: float = (
+        0.98  # the second start takes the last grid if its `view_loss` is below this share
+    )
+    # of the first's on the grid before
     rays_per_iteration: int = 25_000
     seed: int = 0
     w_rgb: float = 0.3  # Eq. 19
@@ -175,7 +177,8 @@ def fit(
     follows the gradient of `w_rgb L_rgb + w_normal L_normal` (Eq. 21) plus mask, eikonal and smoothness
     terms, coarse to fine.  Carving takes thin parts before thicker ones for one with them; a second start
     therefore leaves the hull as it is, and lets a blurred surface find its way on a coarse grid.  It goes on
-    to the last grid in place of the first if its views are nearer on every grid that both have.
+    to the last grid in place of the first if its views are nearer on every grid that both have, and on the
+    finest of those by `second_start_loss`.
     The same input, options and machine give the same bytes, for any number of threads.
 
     Args:
@@ -237,8 +240,7 @@ def fit(
     second: _State | None = None
     for stage, compared in compared_stages(options.blurred_stages):
         second = run(begun(stage) if second is None else next_state(second, stage))
-        limit = losses.get(stage.resolution, math.inf) * options.second_start_loss
-        if compared and view_loss(second, pixels, options) >= limit:
+        if compared and falls_behind(view_loss(second, pixels, options), losses, stage, options):
             second = None
             break
     progress.skip(last.iterations)
@@ -270,6 +272,21 @@ def compared_stages(stages: tuple[Stage, ...]) -> list[tuple[Stage, bool]]:
     followers = [*(stage.resolution for stage in stages[1:]), 0]
     pairs = zip(stages, followers, strict=False)  # no stages, no follower
     return [(stage, stage.resolution != follower) for stage, follower in pairs]
+
+
+def falls_behind(loss: float, first: dict[int, float], stage: Stage, options: FitOptions) -> bool:
+    """Whether the second start is given up after a stage: it must be nearer, on its last grid by enough.
+
+    Coarse grids tell the two apart less well, and differ by a percent between devices.
+
+    Args:
+        loss: its `view_loss`.
+        first: those of the first start, by resolution.
+        stage: the last one of the second start on a grid.
+        options: settings of both.
+    """
+    share = options.second_start_loss if stage == options.blurred_stages[-1] else 1.0
+    return loss >= first.get(stage.resolution, math.inf) * share
 
 
 def carved(
