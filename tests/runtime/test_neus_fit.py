@@ -13,7 +13,7 @@ from uc3d_rt.mesh.raster import render_normals
 from uc3d_rt.mesh.surface import Surface, is_closed, signed_volumes, vertex_normals
 from uc3d_rt.neus.carve import carve
 from uc3d_rt.neus.field import Field, node_coordinates, resample
-from uc3d_rt.neus.fit import FitOptions, Stage, _State, fit
+from uc3d_rt.neus.fit import FitOptions, Stage, _State, compared_stages, falls_behind, fit
 from uc3d_rt.neus.hull import hull_sdf
 from uc3d_rt.neus.rays import select_pixels
 from uc3d_rt.neus.redistance import restore_distance
@@ -151,6 +151,18 @@ def test_the_start_whose_views_are_nearer_goes_on(monkeypatch: pytest.MonkeyPatc
     assert found.sdf.tobytes() != alone.sdf.tobytes()
     monkeypatch.setattr("uc3d_rt.neus.fit.view_loss", lambda state, *_: float(state.stage.number == 0))
     assert found.sdf.tobytes() == fit(color, normal, options).sdf.tobytes()
+
+
+def test_the_second_start_has_to_be_nearer_and_at_last_by_enough() -> None:
+    options = FitOptions(resolution=160)
+    coarse, fine = (stage for stage, compared in compared_stages(options.blurred_stages) if compared)
+    assert coarse.resolution < fine.resolution < 160
+    first = {coarse.resolution: 2.0, fine.resolution: 1.0}
+    found = [falls_behind(loss, first, coarse, options) for loss in (1.99, 2.0)]
+    assert found == [False, True]
+    found = [falls_behind(loss, first, fine, options) for loss in (0.975, 0.985)]
+    assert found == [False, True]
+    assert not falls_behind(5.0, {}, fine, options)  # there is no first one
 
 
 def test_the_second_start_finds_the_surface_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
