@@ -105,8 +105,8 @@ class MultiviewModel(nn.Module):
         features, self.unet.mid_features = self.unet.mid_features, None  # not kept: it holds the graph
 
         kind = self.preset.schedule.prediction
-        last = t == self.preset.schedule.train_steps - 1
-        relative = (last & keep[rows].bool(), weights.relative_power) if weights.relative_power > 0 else None
+        last = (t == self.preset.schedule.train_steps - 1) & keep[rows].bool()  # with their picture
+        relative = (last, weights.relative_power) if weights.relative_power > 0 else None
         losses = {"diffusion": diffusion_loss(prediction, z_0, eps, alpha_bar, kind, relative)}
         total = losses["diffusion"]
         if weights.lambda_outline > 0:
@@ -116,7 +116,7 @@ class MultiviewModel(nn.Module):
             with torch.no_grad():
                 truth = outline(z_0[:, :, c:].flatten(0, 1)).float().sigmoid().unflatten(0, z_0.shape[:2])
             logits = outline(guess.flatten(0, 1)).unflatten(0, z_0.shape[:2])
-            losses["outline"] = outline_loss(logits[:, :, 0], truth[:, :, 0], last & keep[rows].bool())
+            losses["outline"] = outline_loss(logits[:, :, 0], truth[:, :, 0], last)
             total = total + weights.lambda_outline * losses["outline"]
         if weights.lambda_var > 0:
             assert features is not None

@@ -363,7 +363,6 @@ def test_outline_loss_is_one_minus_intersection_over_union(rng: np.random.Genera
     found = outline_loss(logits, double(truth.astype(float)), some)
     assert float(found) == pytest.approx(lost[1:].mean(), rel=1e-5)
     assert float(outline_loss(logits, double(truth.astype(float)), ~every)) == 0
-    # Soft ones, and its gradient, by finite differences in float64.
     soft, cover = double(rng.normal(size=(B, V, 5, 5))), double(rng.random((B, V, 5, 5)))
     p, q = 1 / (1 + np.exp(-soft.numpy())), cover.numpy()
     ratio = (p * q).sum((2, 3)) / (p + q - p * q).sum((2, 3))

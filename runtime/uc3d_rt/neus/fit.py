@@ -59,10 +59,8 @@ class FitOptions:
     blurred_iterations: tuple[int, int] = (80, 60)  # of the second start, which is not carved: with a blurred
     # surface on a grid of MIN_BLURRED_NODES or a little more, and with a sharp one on each grid from there to
     # the first start's coarsest; none with a blurred one = one start only
-    second_start_loss: float = (
-        0.98  # the second start takes the last grid if its `view_loss` is below this share
-    )
-    # of the first's on the grid before
+    second_start_loss: float = 0.98  # the second start goes on to the last grid if its `view_loss` on the
+    # one before is below this share of the first's
     rays_per_iteration: int = 25_000
     seed: int = 0
     w_rgb: float = 0.3  # Eq. 19
@@ -277,7 +275,7 @@ def compared_stages(stages: tuple[Stage, ...]) -> list[tuple[Stage, bool]]:
 def falls_behind(loss: float, first: dict[int, float], stage: Stage, options: FitOptions) -> bool:
     """Whether the second start is given up after a stage: it must be nearer, on its last grid by enough.
 
-    Coarse grids tell the two apart less well, and differ by a percent between devices.
+    Coarse grids tell the two apart less well: what is only just nearer there may be far nearer in the end.
 
     Args:
         loss: its `view_loss`.
