@@ -3,6 +3,7 @@
     python benchmarks/fit.py --objects DIR --limit 50 [--device cuda] [--peers] [--out DIR]
     python benchmarks/fit.py --objects DIR --limit 50 --spread --save-views views.npz
     python benchmarks/fit.py --views views.npz --device cuda --peers
+    python benchmarks/fit.py --views views.npz --seeds 4
 
 Renders each object's six target views, or takes them from a file that --save-views wrote, which needs
 neither the objects nor the renderer and gives the same figures; fits, builds the textured mesh, and
@@ -19,6 +20,9 @@ measures that mesh:
 ("cpu"), and NeuS with networks in place of the grid (`neus_reference.py`, by PyTorch, on the same kind of
 device), once with a mesh of its own, marching cubes and the network's normals, and once with our mesh of
 its field ("networks"); both, unless one is named.
+
+--seeds N fits each object N times, which shows how much of a difference between two runs is chance: the
+means over the objects by seed, then their mean and standard deviation over the seeds.
 
 Exits with 1 if any mesh of ours is not watertight and consistently wound.
 """
@@ -169,6 +173,15 @@ def means_of(rows: list[Row]) -> dict[str, float]:
     }
 
 
+def over_seeds(means: list[dict[str, float]]) -> dict[str, float]:
+    """Mean and sample standard deviation over seeds of the objects' means, two seeds or more."""
+    found: dict[str, float] = {"seeds": len(means)}
+    for key in ("iou", "normal_deg", "chamfer"):
+        values = [mean[key] for mean in means]
+        found[key], found[f"{key}_sd"] = statistics.fmean(values), statistics.stdev(values)
+    return found
+
+
 def report(rows: list[Row]) -> dict[str, dict[str, float]]:
     """Print and return the means, by what built the meshes; the first is ours."""
     names = list(dict.fromkeys(row.by for row in rows))
@@ -192,6 +205,14 @@ def report(rows: list[Row]) -> dict[str, dict[str, float]]:
             f"{mean['iterations']:10d} {mean['fit_s_median']:10.3f} {mean['seconds_median']:13.3f} "
             f"{mean['fit_s_median'] / own['fit_s_median']:{len(names[0]) + 9}.1f} {mean['closed']:7d}"
         )
+    seeds = [mean for by, mean in means.items() if " seed " in by]
+    if seeds:
+        means["seeds"] = found = over_seeds(seeds)
+        print(
+            f"\n{found['seeds']} seeds: IoU {found['iou']:.5f} +- {found['iou_sd']:.5f}  "
+            f"normal {found['normal_deg']:.3f} +- {found['normal_deg_sd']:.3f} deg  "
+            f"Chamfer {found['chamfer']:.5f} +- {found['chamfer_sd']:.5f}"
+        )
     return means
 
 
@@ -207,6 +228,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--spread", action="store_true", help="evenly spaced objects, not the first ones")
     parser.add_argument("--size", type=int, default=256, help="side of the views in pixels; of --objects")
     parser.add_argument("--resolution", type=int, default=160, help="nodes along an axis, of all fits")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="fit with seeds 0 to N - 1")
     parser.add_argument("--save-views", type=Path, help="write the views here (.npz), measure nothing")
     parser.add_argument("--out", type=Path, help="folder for the meshes and results.json")
     parser.add_argument(
@@ -224,6 +246,8 @@ def parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.limit < 1:
         parser.error(f"--limit must be at least 1, got {arguments.limit}")
+    if arguments.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
     if arguments.peers == "cpu" and arguments.device == "cpu":
         parser.error("--peers cpu measures the CPU beside a GPU; add --device cuda")
     return arguments
@@ -293,12 +317,21 @@ def main() -> int:
     device = None
     if arguments.device == "cuda":
         device = CudaDevice()
-    builders = [our_builder(f"fit-{arguments.device}", options, mesh_options, device)]
+    by = f"fit-{arguments.device}"
+    builders = [
+        our_builder(
+            f"{by} seed {seed}" if arguments.seeds > 1 else by,
+            replace(options, seed=seed),
+            mesh_options,
+            device,
+        )
+        for seed in range(arguments.seeds)
+    ]
     peers = peers_of(arguments, options, mesh_options) if arguments.peers else []
     rows: list[Row] = []
     for truth in truths_of(arguments):
         if not rows:
-            for build in [*builders, *(peers if arguments.peers == "cpu" else peers[:-1])]:
+            for build in [*builders[:1], *(peers if arguments.peers == "cpu" else peers[:-1])]:
                 build(truth.color, truth.normal)  # compiles
             print(f"{'object':40s}     IoU  normal  Chamfer     hull   fit s mesh s faces parts  by")
         for row in measure(truth, [*builders, *peers], options.resolution, arguments.out):
@@ -315,7 +348,7 @@ def main() -> int:
     if arguments.out is not None:
         text = json.dumps({"means": means, "rows": [asdict(row) for row in rows]}, indent=2)
         (arguments.out / "results.json").write_text(text + "\n", encoding="utf-8")
-    return 0 if all(row.closed for row in rows if row.by == rows[0].by) else 1
+    return 0 if all(row.closed for row in rows if row.by.startswith(by)) else 1
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from train.average import update_average
 from train.cache import LatentCache
 from train.checkpoint import build_vae
 from train.model import MultiviewModel
+from train.normal_probe import NormalProbe
 from train.optimizer import build_optimizers
-from train.outline import OutlineProbe
 from train.presets import PRESETS
 from train.schedule import step_generator
 from train.trainer import compile_model, make_accelerator, recompute_blocks
@@ -117,7 +117,7 @@ def main(
     with device:  # billions of random numbers take a minute on a CPU
         model, vae = MultiviewModel(preset), build_vae(preset)
     model, vae = model.to(device), vae.to(device).eval().requires_grad_(False)
-    outline = OutlineProbe(preset.unet.latent_channels).to(device).eval().requires_grad_(False)
+    probe = NormalProbe(preset.unet.latent_channels).to(device).eval().requires_grad_(False)
     if preset.train.gradient_checkpointing:
         recompute_blocks(model, vae)
     if channels_last:
@@ -149,7 +149,7 @@ def main(
     def one_step(step: int) -> None:
         generator = step_generator(device, 0, accelerator.process_index, step)
         with accelerator.autocast():
-            losses = wrapped(cache.draw(size, generator), vae, generator, outline)
+            losses = wrapped(cache.draw(size, generator), vae, generator, probe)
         accelerator.backward(losses["total"])
         torch.nn.utils.clip_grad_norm_(parameters, train.grad_clip)
         for optimizer in optimizers:

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_iter
 
 from train.checkpoint import build_vae
 from train.model import Batch, MultiviewModel
+from train.normal_probe import NormalProbe
 from train.optimizer import is_matrix
-from train.outline import OutlineProbe
 from train.presets import Preset
 from train.trainer import recompute_blocks
 
@@ -110,7 +110,7 @@ def traced_activations(preset: Preset) -> int:
     with FakeTensorMode():
         model, vae = MultiviewModel(preset), build_vae(preset).requires_grad_(False)
         model.alpha_bar = torch.zeros(preset.schedule.train_steps)
-        outline = OutlineProbe(preset.unet.latent_channels).requires_grad_(False)
+        probe = NormalProbe(preset.unet.latent_channels).requires_grad_(False)
         if preset.train.gradient_checkpointing:
             recompute_blocks(model, vae)
         if preset.train.losses.lambda_mi == 0:
@@ -127,7 +127,7 @@ def traced_activations(preset: Preset) -> int:
         live = _LiveBytes()
         with live:
             with torch.autocast("cpu", torch.bfloat16):
-                losses = model(batch, vae, torch.Generator(), outline)
+                losses = model(batch, vae, torch.Generator(), probe)
             losses["total"].backward()
     return live.peak
 

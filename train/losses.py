@@ -14,6 +14,9 @@ from torch.nn import functional as F
 RELATIVE_FLOOR = 0.1
 """Of an error's share of the mean error in `relative_weights`: no sample counts without limit."""
 
+NORMAL_SOFTNESS = 0.1
+"""In `normal_loss`, radians: errors well below it count by their square."""
+
 
 def noisy_latent(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """Eq. 6: `z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps`.
@@ -94,6 +97,25 @@ def outline_loss(logits: Tensor, truth: Tensor, where: Tensor) -> Tensor:
     either = (covered + truth - covered * truth).sum(dim=(2, 3))
     lost = (1.0 - both / either.clamp_min(1e-6)).sum(dim=1)  # (b,)
     return (lost * where).sum() / where.sum().clamp_min(1.0)
+
+
+def normal_loss(normal: Tensor, truth: Tensor, coverage: Tensor, where: Tensor) -> Tensor:
+    """Mean angle between normals within the true silhouette, summed over views, mean over samples.
+
+    The angle in radians is taken as the chord `|n - n^|` of unit normals, which is smooth, and has no kink
+    where both agree: `sqrt(|n - n^|^2 + s^2) - s` with `s = NORMAL_SOFTNESS`.
+
+    Args:
+        normal: (b, V, 3, h, w) of any length.
+        truth: as `normal`.
+        coverage: (b, V, h, w) true coverage of each cell in [0, 1]; its weight.
+        where: (b,) samples that count.
+    """
+    cosine = F.cosine_similarity(normal.float(), truth.float(), dim=2)
+    squared = (2.0 - 2.0 * cosine).clamp_min(0.0)
+    angle = (squared + NORMAL_SOFTNESS**2).sqrt() - NORMAL_SOFTNESS
+    mean = (angle * coverage).sum(dim=(2, 3)) / coverage.sum(dim=(2, 3)).clamp_min(1e-6)
+    return (mean.sum(dim=1) * where).sum() / where.sum().clamp_min(1.0)
 
 
 def variance_loss(features: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from train.losses import (
     diffusion_loss,
     mutual_information_loss,
     noisy_latent,
+    normal_loss,
     outline_loss,
     predicted_z_0,
     variance_loss,
@@ -58,7 +59,7 @@ class MultiviewModel(nn.Module):
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
 
     def forward(
-        self, batch: Batch, vae: nn.Module, generator: torch.Generator, outline: nn.Module | None = None
+        self, batch: Batch, vae: nn.Module, generator: torch.Generator, probe: nn.Module | None = None
     ) -> dict[str, Tensor]:
         """Losses of one batch (Eq. 18); `vae` is frozen and only decodes x^_0 for L_MI.
 
@@ -67,7 +68,8 @@ class MultiviewModel(nn.Module):
         get one draw at a timestep of their own; the unconditional branch is trained on them only.
 
         At the last timestep, where only the picture tells anything, errors may be weighted by themselves
-        (`LossWeights.relative_power`) and outlines compared (`lambda_outline`, by the frozen `outline`).
+        (`LossWeights.relative_power`), and the outlines and normals that the predicted z_0 decodes to
+        compared (`lambda_outline`, `lambda_normal`), which the frozen `probe` tells.
         """
         spec, weights = self.preset.train, self.preset.train.losses
         b, device = batch.z_0.shape[0], batch.z_0.device
@@ -109,15 +111,19 @@ class MultiviewModel(nn.Module):
         relative = (last, weights.relative_power) if weights.relative_power > 0 else None
         losses = {"diffusion": diffusion_loss(prediction, z_0, eps, alpha_bar, kind, relative)}
         total = losses["diffusion"]
-        if weights.lambda_outline > 0:
-            assert outline is not None
+        if weights.probed:
+            assert probe is not None
             c = z_0.shape[2] // 2
             guess = predicted_z_0(prediction, z_t, alpha_bar, kind)[:, :, c:]
             with torch.no_grad():
-                truth = outline(z_0[:, :, c:].flatten(0, 1)).float().sigmoid().unflatten(0, z_0.shape[:2])
-            logits = outline(guess.flatten(0, 1)).unflatten(0, z_0.shape[:2])
-            losses["outline"] = outline_loss(logits[:, :, 0], truth[:, :, 0], last)
-            total = total + weights.lambda_outline * losses["outline"]
+                truth = probe(z_0[:, :, c:].flatten(0, 1)).float().unflatten(0, z_0.shape[:2])
+            cells, coverage = probe(guess.flatten(0, 1)).unflatten(0, z_0.shape[:2]), truth[:, :, 0].sigmoid()
+            if weights.lambda_outline > 0:
+                losses["outline"] = outline_loss(cells[:, :, 0], coverage, last)
+                total = total + weights.lambda_outline * losses["outline"]
+            if weights.lambda_normal > 0:
+                losses["normal"] = normal_loss(cells[:, :, 1:], truth[:, :, 1:], coverage, last)
+                total = total + weights.lambda_normal * losses["normal"]
         if weights.lambda_var > 0:
             assert features is not None
             features = features.reshape(rows.numel(), z_0.shape[1], -1)

@@ -51,6 +51,7 @@ from train.presets import PRESETS, with_train
     help="At t = T - 1 errors are divided by this power of themselves; 0 is Eq. 9.",
 )
 @click.option("--lambda-outline", type=float, help="Weight of the loss on silhouettes at t = T - 1.")
+@click.option("--lambda-normal", type=float, help="Weight of the loss on decoded normals at t = T - 1.")
 @seed_option
 @click.option("--save-every", default=1000, show_default=True, help="Steps between checkpoints.")
 @click.option("--sheet-every", default=1000, show_default=True, help="Steps between sample sheets.")
@@ -82,10 +83,10 @@ def model(
     profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path | None, cache_in: str,
     objects: Path | None, out: Path | None, steps: int | None, minutes: float | None, batch: int | None,
     lr: float | None, lambda_var: float | None, lambda_mi: float | None, relative_power: float | None,
-    lambda_outline: float | None, seed: int, save_every: int, sheet_every: int, compile_: str | None,
-    bf16_gradients: bool, growing_cache: bool, gradient_checkpointing: bool | None, resume: bool,
-    start_from: Path | None, shard: bool, dry_run: bool, processes: int | None,
-    step_seconds: float | None, gpu_hour_price: float | None,
+    lambda_outline: float | None, lambda_normal: float | None, seed: int, save_every: int,
+    sheet_every: int, compile_: str | None, bf16_gradients: bool, growing_cache: bool,
+    gradient_checkpointing: bool | None, resume: bool, start_from: Path | None, shard: bool,
+    dry_run: bool, processes: int | None, step_seconds: float | None, gpu_hour_price: float | None,
 ) -> None:  # fmt: skip
     """Train the regularised multiview model on cached latents (Eq. 18)."""
     if resume and start_from is not None:
@@ -119,7 +120,8 @@ def model(
         losses = PRESETS[profile].train.losses
         chosen = {
             "lambda_var": lambda_var, "lambda_mi": lambda_mi,
-            "relative_power": relative_power, "lambda_outline": lambda_outline,
+            "relative_power": relative_power,
+            "lambda_outline": lambda_outline, "lambda_normal": lambda_normal,
         }  # fmt: skip
         losses = replace(losses, **{name: value for name, value in chosen.items() if value is not None})
         preset = with_train(

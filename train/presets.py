@@ -112,16 +112,24 @@ class LossWeights:
     mi_views: int = 1  # views a step that are decoded for Eq. 16 (drawn at random)
     relative_power: float = 0.0  # at t = T - 1: errors are divided by this power of themselves; 0 = Eq. 9
     lambda_outline: float = 0.0  # at t = T - 1: on the silhouettes that the predicted z_0 decodes to
+    lambda_normal: float = 0.0  # at t = T - 1: on the angles of the normals that it decodes to
 
     def __post_init__(self) -> None:
         if not (self.lambda_var >= 0 and self.lambda_mi >= 0 and self.temperature > 0):
             raise ValueError(f"loss weights must be 0 or more and the temperature positive, got {self}")
-        if not (0 <= self.relative_power <= 1 and self.lambda_outline >= 0):
-            raise ValueError(f"relative_power must be 0 to 1 and lambda_outline 0 or more, got {self}")
+        if not (0 <= self.relative_power <= 1 and self.lambda_outline >= 0 and self.lambda_normal >= 0):
+            raise ValueError(
+                f"relative_power must be 0 to 1, lambda_outline and lambda_normal 0 or more: {self}"
+            )
         if self.lambda_var > 0 and (self.var_draws < 2 or self.var_objects < 1):
             raise ValueError(f"L_var needs var_draws >= 2 of var_objects >= 1, got {self}")
         if self.lambda_mi > 0 and (self.mi_objects < 2 or self.mi_views < 1):
             raise ValueError(f"L_MI needs mi_objects >= 2 and mi_views >= 1, got {self}")
+
+    @property
+    def probed(self) -> bool:
+        """Whether a loss looks at what the predicted z_0 decodes to, through `train.normal_probe`."""
+        return self.lambda_outline > 0 or self.lambda_normal > 0
 
     @property
     def group(self) -> int:

@@ -33,8 +33,8 @@ from train.checkpoint import (
 )
 from train.model import MultiviewModel
 from train.multiview_unet import MultiviewBlock, MultiviewUNet
+from train.normal_probe import probe_of_run
 from train.optimizer import build_optimizers
-from train.outline import outline_probe
 from train.presets import Preset
 from train.pretrained import KlVae
 from train.schedule import Planner, learning_rate, step_generator
@@ -171,11 +171,11 @@ def train_model(
         # Lines that a killed run logged after its last checkpoint are about to be logged again.
         lines = [json.dumps(entry) + "\n" for entry in history]
         (options.out / "log.jsonl").write_text("".join(lines), encoding="utf-8")
-    outline = None
-    if spec.losses.lambda_outline > 0:
+    probe = None
+    if spec.losses.probed:
         with accelerator.main_process_first():  # the others read what it wrote
             keep = options.resume or not accelerator.is_main_process
-            outline = outline_probe(options.out, preset, cache, vae, options.seed, keep=keep)
+            probe = probe_of_run(options.out, preset, cache, vae, options.seed, keep=keep)
     progress = tqdm(
         total=planner.total,
         initial=step,
@@ -198,7 +198,7 @@ def train_model(
             accelerator.print(f"step {step}: {cache.variants} variants, {names}", flush=True)
         batch = cache.draw(spec.batch, generator)
         with accelerator.autocast():
-            losses = wrapped(batch, vae, generator, outline)
+            losses = wrapped(batch, vae, generator, probe)
         accelerator.backward(losses["total"])
         norm = torch.nn.utils.clip_grad_norm_(trainable, spec.grad_clip)
         if isinstance(norm, DTensor):

@@ -89,6 +89,27 @@ def test_networks_are_measured_beside(
     assert "1 iterations of 16 rays on CPU, fp32" in printed and "fit / fit-cpu's" in printed
 
 
+def test_seeds_show_how_much_is_chance(
+    truth: GroundTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_truths([truth], tmp_path / "views.npz")
+    run("--views", tmp_path / "views.npz", *COARSE, "--seeds", "3", "--out", tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows, found = results["rows"], results["means"]["seeds"]
+    assert [row["by"] for row in rows] == [f"fit-cpu seed {seed}" for seed in range(3)]
+    assert len({row["chamfer"] for row in rows}) == 3  # each with a seed of its own
+    for key in ("iou", "normal_deg", "chamfer"):
+        values = [row[key] for row in rows]
+        assert found[key] == pytest.approx(np.mean(values))
+        assert found[f"{key}_sd"] == pytest.approx(np.std(values, ddof=1))
+    assert "3 seeds: IoU" in capsys.readouterr().out
+    run("--views", tmp_path / "views.npz", *COARSE, "--out", tmp_path / "one")
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert one["rows"][0]["chamfer"] == rows[0]["chamfer"] and "seeds" not in one["means"]
+    with pytest.raises(SystemExit):
+        run("--views", tmp_path / "views.npz", "--seeds", "0")
+
+
 def test_a_file_keeps_every_byte(truth: GroundTruth, tmp_path: Path) -> None:
     save_truths([truth] * 2, tmp_path / "views.npz")
     first, second = load_truths(tmp_path / "views.npz")

@@ -14,6 +14,7 @@ from train.losses import (
     diffusion_loss,
     mutual_information_loss,
     noisy_latent,
+    normal_loss,
     outline_loss,
     predicted_z_0,
     relative_weights,
@@ -21,7 +22,7 @@ from train.losses import (
     velocity,
 )
 from train.model import Batch, MultiviewModel
-from train.outline import OutlineProbe
+from train.normal_probe import NormalProbe
 from train.presets import TOY, LossWeights, Preset, with_train
 from train.vae import Vae
 from uc3d_rt.contract import NoiseSchedule
@@ -217,15 +218,16 @@ class Spy:
         model, vae = MultiviewModel(preset), Vae(preset.vae).eval().requires_grad_(False)
         self.calls: dict[str, tuple] = {}
         watched = (
-            "noisy_latent", "diffusion_loss", "outline_loss", "variance_loss", "mutual_information_loss",
+            "noisy_latent", "diffusion_loss", "outline_loss", "normal_loss", "variance_loss",
+            "mutual_information_loss",
         )  # fmt: skip
         for name in watched:
             monkeypatch.setattr(model_module, name, self.watch(name, getattr(model_module, name)))
         model.contrast = self.watch("contrast", model.contrast)  # type: ignore[method-assign]
         model.unet.register_forward_hook(lambda _m, given, _o: self.calls.__setitem__("unet", given))
         self.batch, self.model = batch_of(b, preset), model
-        self.outline = OutlineProbe(preset.unet.latent_channels).requires_grad_(False)
-        self.losses = model(self.batch, vae, torch.Generator().manual_seed(seed), self.outline)
+        self.probe = NormalProbe(preset.unet.latent_channels).requires_grad_(False)
+        self.losses = model(self.batch, vae, torch.Generator().manual_seed(seed), self.probe)
 
     def watch(self, name: str, function: Callable) -> Callable:
         def watched(*given: Tensor) -> Tensor:
@@ -369,10 +371,34 @@ def test_outline_loss_is_one_minus_intersection_over_union(rng: np.random.Genera
     assert float(outline_loss(soft, cover, every)) == pytest.approx((1 - ratio).sum(1).mean(), rel=1e-5)
 
 
+def test_normal_loss_is_the_mean_angle_within_the_silhouette(rng: np.random.Generator) -> None:
+    truth = rng.normal(size=(B, V, 3, 5, 5))
+    axis = np.cross(truth, rng.normal(size=truth.shape), axis=2)
+    angle = rng.uniform(0, 0.4, (B, V, 1, 5, 5))  # a chord is an angle up to there
+    unit, side = (v / np.linalg.norm(v, axis=2, keepdims=True) for v in (truth, axis))
+    turned = unit * np.cos(angle) + side * np.sin(angle)
+    cover = rng.random((B, V, 5, 5)) * (rng.random((B, V, 5, 5)) > 0.3)
+    soft = np.sqrt(angle[:, :, 0] ** 2 + 0.1**2) - 0.1
+    means = ((soft * cover).sum((2, 3)) / cover.sum((2, 3))).sum(1)
+    some = torch.tensor([False, True, True])
+    lengths = rng.uniform(0.2, 3, (B, V, 1, 5, 5))  # tell nothing
+    found = normal_loss(double(turned * lengths), double(truth), double(cover), some)
+    assert float(found) == pytest.approx(means[1:].mean(), rel=0.01)
+    assert float(normal_loss(double(truth), double(truth), double(cover), ~some)) == pytest.approx(
+        0, abs=1e-4
+    )
+    assert float(normal_loss(double(turned), double(truth), double(cover), some & ~some)) == 0
+    same = double(truth).requires_grad_()
+    normal_loss(same, double(truth), double(cover), some).backward()
+    assert same.grad is not None and torch.isfinite(same.grad).all()
+
+
 def test_terms_at_the_last_timestep_see_its_samples_with_their_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    preset = with_train(toy(relative_power=0.5, lambda_outline=0.3, drop_image=0.5), last_share=0.6)
+    preset = with_train(
+        toy(relative_power=0.5, lambda_outline=0.3, lambda_normal=0.2, drop_image=0.5), last_share=0.6
+    )
     spy = Spy(preset, 12, monkeypatch)
     t, tokens = spy.calls["unet"][1], spy.calls["unet"][2]
     wanted = (t == TOY.schedule.train_steps - 1) & (tokens.abs().sum(dim=(1, 2)) > 0)
@@ -381,10 +407,15 @@ def test_terms_at_the_last_timestep_see_its_samples_with_their_picture(
     logits, truth, where = spy.calls["outline_loss"]
     assert torch.equal(where, wanted) and logits.shape == truth.shape == (len(wanted), 6, 16, 16)
     normals = spy.calls["noisy_latent"][0][:, :, 4:]
-    expected = torch.stack([spy.outline(view)[:, 0].sigmoid() for view in normals])
-    torch.testing.assert_close(truth, expected)
+    cells = torch.stack([spy.probe(view) for view in normals])
+    torch.testing.assert_close(truth, cells[:, :, 0].sigmoid())
+    normal, true_normal, coverage, where = spy.calls["normal_loss"]
+    assert torch.equal(where, wanted) and normal.shape == true_normal.shape == (len(wanted), 6, 3, 16, 16)
+    torch.testing.assert_close(true_normal, cells[:, :, 1:])
+    assert coverage is truth
     losses = spy.losses
-    total = losses["diffusion"] + 0.01 * losses["var"] + 0.05 * losses["mi"] + 0.3 * losses["outline"]
+    total = losses["diffusion"] + 0.01 * losses["var"] + 0.05 * losses["mi"]
+    total = total + 0.3 * losses["outline"] + 0.2 * losses["normal"]
     torch.testing.assert_close(losses["total"], total)
 
 
