@@ -152,7 +152,8 @@ class _Workers:
                 message = receiver.recv()  # type: ignore[union-attr]
             except EOFError:
                 process.join()
-                message = BackendError(f"{job.name}: the builder died ({_ending(process.exitcode)})")
+                ending = _ending(process.exitcode, _log(job))
+                message = BackendError(f"{job.name}: the builder died ({ending})")
             if isinstance(message, Uc3dError):
                 raise message
             process.join()
@@ -298,8 +299,11 @@ def _log(job: Job) -> Path:
     return job.target.with_name(f".{job.target.name}.{os.getpid()}.log")
 
 
-def _ending(code: int | None) -> str:
+def _ending(code: int | None, log: Path) -> str:
+    """How a builder died, with the last line that it printed: what an uncaught exception says."""
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         return f"{name}; memory may have run out: use fewer --jobs" if name == "SIGKILL" else name
-    return f"exit code {code}"
+    lines = log.read_text("utf-8", errors="replace").split("\n") if log.is_file() else []
+    last = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+    return f"exit code {code}: {last}" if last else f"exit code {code}"

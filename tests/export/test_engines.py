@@ -372,6 +372,15 @@ def test_a_worker_that_dies_is_told_of(copy: Path, monkeypatch: pytest.MonkeyPat
     assert visible(plan.folder) == set()
 
 
+def test_a_worker_that_fails_says_why(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan = plan_build(BuildOptions(copy, "tensorrt-rtx", ("sm_89",), jobs=1))
+    (tmp_path / "tensorrt_rtx.py").write_text("raise RuntimeError('half an installation')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))  # of the workers: here the library is imported already
+    with pytest.raises(BackendError, match=r"died \(exit code 1: RuntimeError: half an installation\)"):
+        build(plan)
+    assert visible(plan.folder) == set()
+
+
 # The parts.
 
 
