@@ -54,7 +54,8 @@ from uc3d_rt.mesh.raster import render_normals
 from uc3d_rt.mesh.writers import export_mesh
 from uc3d_rt.neus.device_fit import fit_on_device
 from uc3d_rt.neus.field import DeviceField, Field
-from uc3d_rt.neus.fit import FitOptions, fit
+from uc3d_rt.neus.fit import fit
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.neus.hull import hull_sdf
 
 FloatArray = NDArray[np.float32]

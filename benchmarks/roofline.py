@@ -42,7 +42,8 @@ from uc3d_rt.cuda_device import CudaDevice, cuda_driver
 from uc3d_rt.device import Buffer, Launch, Scope
 from uc3d_rt.errors import BackendError
 from uc3d_rt.neus.device_fit import fit_on_device
-from uc3d_rt.neus.fit import FitOptions, fit
+from uc3d_rt.neus.fit import fit
+from uc3d_rt.neus.fit_plan import FitOptions
 
 COPY_BYTES = 2**30
 """Of the copy that bandwidth is measured with: far more than any cache holds."""

@@ -48,7 +48,7 @@ from train.viewpoint import (
 from uc3d_rt.backends.base import Network, backend_for
 from uc3d_rt.errors import FitError, ImageError
 from uc3d_rt.mesh.build import MeshOptions
-from uc3d_rt.neus.fit import FitOptions
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.pipeline import Pipeline, Views
 from uc3d_rt.views import decode_normals
 

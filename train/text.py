@@ -30,7 +30,7 @@ from train.report import Column, Record, left_out_lines, markdown_table, opening
 from train.sheets import contact_sheet, view_row, write_picture
 from uc3d_rt.errors import FitError, UsageError
 from uc3d_rt.mesh.build import MeshOptions
-from uc3d_rt.neus.fit import FitOptions
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.pipeline import Pipeline
 from uc3d_rt.preprocess import preprocess
 from uc3d_rt.views import TARGET_CAMERAS

@@ -137,7 +137,7 @@ def command(
 
     from uc3d_rt.mesh.build import MeshOptions
     from uc3d_rt.mesh.writers import export_mesh
-    from uc3d_rt.neus.fit import FitOptions
+    from uc3d_rt.neus.fit_plan import FitOptions
     from uc3d_rt.pipeline import Pipeline
 
     try:

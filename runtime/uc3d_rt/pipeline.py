@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from uc3d_rt.device import Device
     from uc3d_rt.mesh.build import MeshOptions
     from uc3d_rt.neus.field import DeviceField, Field
-    from uc3d_rt.neus.fit import FitOptions
+    from uc3d_rt.neus.fit_plan import FitOptions
 
 FloatArray = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -289,7 +289,8 @@ class Pipeline:
         """
         # numba compiles or loads its kernels here: not before the views are there.
         from uc3d_rt.mesh.build import MeshOptions, build_mesh
-        from uc3d_rt.neus.fit import FitOptions, fit
+        from uc3d_rt.neus.fit import fit
+        from uc3d_rt.neus.fit_plan import FitOptions
 
         fit_options = fit_options or FitOptions(seed=seed)
         mesh_options = mesh_options or MeshOptions()

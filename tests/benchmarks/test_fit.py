@@ -17,7 +17,7 @@ from benchmarks import fit as benchmark
 from benchmarks.ground_truth import GroundTruth, chosen, load_truths, rendered_truth, save_truths
 from train.mesh_metrics import chamfer, chamfer_to_points
 from train.objects import load_object
-from uc3d_rt.neus.fit import FitOptions
+from uc3d_rt.neus.fit_plan import FitOptions
 
 COARSE = ("--resolution", "32")
 

@@ -25,7 +25,8 @@ from tests.conftest import ellipsoid_views
 from tests.runtime.host_device import SOURCES, HostDevice, compiler, stage_of, uploaded_pixels
 from uc3d_rt.device import Scope, uploaded
 from uc3d_rt.neus.device_fit import DeviceState, iterate, turns_of
-from uc3d_rt.neus.fit import FitOptions, check_views, fit
+from uc3d_rt.neus.fit import check_views, fit
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.neus.rays import Pixels, select_pixels, trace_rays
 from uc3d_rt.neus.render import MAX_SAMPLES, _march
 

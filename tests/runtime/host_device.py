@@ -13,7 +13,7 @@ import uc3d_rt
 from uc3d_rt.device import Device, Launch, uploaded
 from uc3d_rt.errors import BackendError, OutOfMemoryError
 from uc3d_rt.neus.device_views import DevicePixels
-from uc3d_rt.neus.fit import FitOptions, Stage
+from uc3d_rt.neus.fit_plan import FitOptions, Stage
 from uc3d_rt.neus.rays import Pixels
 
 SOURCES = Path(uc3d_rt.__file__).parent / "cuda"

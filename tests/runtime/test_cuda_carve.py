@@ -17,7 +17,8 @@ from uc3d_rt.neus.device_carve import SOLVER, DeviceCarving, carve, initial_colo
 from uc3d_rt.neus.device_fit import DeviceState
 from uc3d_rt.neus.device_views import images_on_device
 from uc3d_rt.neus.field import near_nodes
-from uc3d_rt.neus.fit import FitOptions, fit
+from uc3d_rt.neus.fit import fit
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.neus.hull import hull_sdf
 from uc3d_rt.neus.rays import Pixels, Rays, select_pixels, trace_rays
 from uc3d_rt.neus.redistance import restore_distance

@@ -18,7 +18,8 @@ from tests.conftest import ellipsoid_views
 from uc3d_rt import cuda_device
 from uc3d_rt.cuda_device import CudaDevice, cuda_driver
 from uc3d_rt.errors import BackendError, OutOfMemoryError
-from uc3d_rt.neus.fit import FitOptions, fit
+from uc3d_rt.neus.fit import fit
+from uc3d_rt.neus.fit_plan import FitOptions
 
 Run = Callable[..., tuple[int, str, str]]
 

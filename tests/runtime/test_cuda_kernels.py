@@ -30,7 +30,8 @@ from uc3d_rt.neus.device_views import (
     pixels_on_device,
 )
 from uc3d_rt.neus.field import near_nodes, resample
-from uc3d_rt.neus.fit import FitOptions, check_views, fit, ray_gradient, smoothness, thickness_weight
+from uc3d_rt.neus.fit import check_views, fit, ray_gradient, smoothness, thickness_weight
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.neus.hull import hull_sdf, pair_distances, silhouette_distance
 from uc3d_rt.neus.rays import Pixels, select_pixels, trace_rays
 from uc3d_rt.neus.redistance import restore_distance

@@ -18,7 +18,8 @@ from tests.conftest import ellipsoid_views
 SCRIPT = """
 import hashlib, sys
 import numpy as np
-from uc3d_rt.neus.fit import FitOptions, fit
+from uc3d_rt.neus.fit import fit
+from uc3d_rt.neus.fit_plan import FitOptions
 views = np.load(sys.argv[1])
 surface = fit(views["color"], views["normal"], FitOptions(resolution=80))
 print(hashlib.sha256(surface.sdf.tobytes() + surface.color.tobytes()).hexdigest())

@@ -15,7 +15,8 @@ from uc3d_rt.mesh.simplify import part_pinched_edges, simplify_surface
 from uc3d_rt.mesh.surface import Surface, crease_normals, is_closed, signed_volumes, vertex_normals
 from uc3d_rt.mesh.unwrap import unwrap_surface
 from uc3d_rt.neus.field import Field, node_coordinates
-from uc3d_rt.neus.fit import FitOptions, fit
+from uc3d_rt.neus.fit import fit
+from uc3d_rt.neus.fit_plan import FitOptions
 
 Built = tuple[trimesh.Trimesh, np.ndarray, np.ndarray]
 OPTIONS = MeshOptions(faces=4000, texture_px=256)

@@ -13,7 +13,8 @@ from uc3d_rt.mesh.raster import render_normals
 from uc3d_rt.mesh.surface import Surface, is_closed, signed_volumes, vertex_normals
 from uc3d_rt.neus.carve import carve
 from uc3d_rt.neus.field import Field, node_coordinates, resample
-from uc3d_rt.neus.fit import FitOptions, Stage, _State, compared_stages, falls_behind, fit
+from uc3d_rt.neus.fit import _State, fit
+from uc3d_rt.neus.fit_plan import FitOptions, Stage, compared_stages, falls_behind
 from uc3d_rt.neus.hull import hull_sdf
 from uc3d_rt.neus.rays import select_pixels
 from uc3d_rt.neus.redistance import restore_distance

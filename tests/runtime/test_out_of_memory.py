@@ -23,8 +23,9 @@ from uc3d_rt.device import Device
 from uc3d_rt.errors import BackendError, OutOfMemoryError
 from uc3d_rt.mesh.build import MeshOptions
 from uc3d_rt.neus import fit_memory
-from uc3d_rt.neus.fit import FitOptions, check_views, fit
+from uc3d_rt.neus.fit import check_views, fit
 from uc3d_rt.neus.fit_memory import fit_bytes, largest_resolution
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.neus.rays import select_pixels
 from uc3d_rt.pipeline import Pipeline, Views
 

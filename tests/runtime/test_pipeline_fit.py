@@ -17,7 +17,7 @@ from tests.conftest import SEMI_AXES, ellipsoid_views, object_rgba
 from tests.runtime.host_device import OpenDevice
 from uc3d_rt.errors import BackendError, FitError, UsageError
 from uc3d_rt.mesh.build import MeshOptions
-from uc3d_rt.neus.fit import FitOptions
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.pipeline import Pipeline, Result, Views
 
 FAST = FitOptions(resolution=32, iterations=(4, 4), blurred_iterations=(4, 4))

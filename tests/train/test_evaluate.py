@@ -24,7 +24,7 @@ from train.objects import load_object
 from train.truth import ground_truth
 from uc3d_rt.errors import UsageError
 from uc3d_rt.mesh.build import MeshOptions
-from uc3d_rt.neus.fit import FitOptions
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.preprocess import frame_object
 from uc3d_rt.views import decode_normals, encode_normals
 

@@ -11,7 +11,7 @@ from PIL import Image
 from train.__main__ import cli
 from train.gallery import VIEW_PX
 from uc3d_rt.mesh.build import MeshOptions
-from uc3d_rt.neus.fit import FitOptions
+from uc3d_rt.neus.fit_plan import FitOptions
 
 
 @pytest.fixture(autouse=True)

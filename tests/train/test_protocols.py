@@ -22,7 +22,7 @@ from train.protocols import EvaluateOptions
 from train.viewpoint_report import viewpoint_markdown, viewpoint_summary
 from uc3d_rt.errors import FitError, UsageError
 from uc3d_rt.mesh.build import MeshOptions
-from uc3d_rt.neus.fit import FitOptions
+from uc3d_rt.neus.fit_plan import FitOptions
 from uc3d_rt.pipeline import Pipeline, Views
 from uc3d_rt.pipeline import Result as PipelineResult
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +26,23 @@ from uc3d_rt.neus.device_views import (
     pixels_on_device,
 )
 from uc3d_rt.neus.field import DeviceField
+from uc3d_rt.neus.fit_plan import (
+    CUTOFF,
+    HULL_SLACK,
+    MASK_SHARE,
+    NO_VOLUME,
+    NODES_EVERY,
+    RAY_BAND,
+    REDISTANCE_EVERY,
+    Countdown,
+    FitOptions,
+    Stage,
+    compared_stages,
+    falls_behind,
+)
 from uc3d_rt.neus.hull import tolerant
 from uc3d_rt.neus.shared import BETA_1, BETA_2, MARGIN
 from uc3d_rt.views import TARGET_CAMERAS, camera_axes
-
-if TYPE_CHECKING:
-    from uc3d_rt.neus.fit import FitOptions, Stage
 
 FloatArray = NDArray[np.float32]
 
@@ -85,8 +95,6 @@ class DeviceState:
 
     def begin(self, stage: Stage) -> None:
         """Forget what the optimiser has learned, but for the field: a stage on this grid begins."""
-        from uc3d_rt.neus.fit import RAY_BAND
-
         self.stage = stage
         for buffer in (self.d_sdf, self.d_color, *self.moments, self.laplacian):
             self.device.clear(buffer)
@@ -218,7 +226,6 @@ def iterate(
     """
     scale = (state.resolution / size_px) ** 2 * stride  # as if one ray crossed each node's square
     weights = (options.w_rgb, options.w_normal, options.w_mask, scale)
-    from uc3d_rt.neus.fit import CUTOFF
 
     state.device.launch(
         "fit_rays", RAY_LANES * -(-pixels.count // stride), state.sdf, state.color,
@@ -237,7 +244,6 @@ def run_stage(
     tick: Callable[[], None],
 ) -> None:
     """All iterations of a state's stage, captured once and replayed; `tick` is called after each."""
-    from uc3d_rt.neus.fit import HULL_SLACK, NODES_EVERY, REDISTANCE_EVERY
 
     def look_around() -> None:
         state.keep_in_hull(HULL_SLACK)
@@ -283,8 +289,6 @@ def refined(
 
 def view_loss(state: DeviceState, pixels: DevicePixels, options: FitOptions) -> float:
     """Twin of `fit.view_loss`; waits for the device."""
-    from uc3d_rt.neus.fit import CUTOFF, MASK_SHARE
-
     with Scope(state.device) as scope:
         sums = cleared(scope, (4,), np.int64)
         scope.launch(
@@ -402,8 +406,6 @@ def fit_images(
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Fill a field from views; arguments and errors as `fit_on_device`."""
-    from uc3d_rt.neus.fit import HULL_SLACK, NO_VOLUME, Countdown, compared_stages, falls_behind
-
     distance, near = outlines_on_device(device, images)
     hull = DeviceHull(device, images, distance, options.resolution)
     if hull.empty:

@@ -11,12 +11,14 @@ from uc3d_rt.counting_device import CountingDevice, NoDevice
 from uc3d_rt.device import Device, Scope
 from uc3d_rt.neus.device_fit import empty_field, fit_images
 from uc3d_rt.neus.device_views import DeviceImages
-from uc3d_rt.neus.fit import MIN_NODES, check_views
+from uc3d_rt.neus.fit import check_views
+from uc3d_rt.neus.fit_plan import MIN_NODES
 from uc3d_rt.neus.rays import select_pixels
 from uc3d_rt.views import NUM_VIEWS
 
 if TYPE_CHECKING:
-    from uc3d_rt.neus.fit import FitOptions, FloatArray
+    from uc3d_rt.neus.fit import FloatArray
+    from uc3d_rt.neus.fit_plan import FitOptions
 
 SPARE = 64 * 2**20
 """Bytes that must stay free: the driver gives memory in blocks of 2 MiB, and kernels have code and stacks."""
