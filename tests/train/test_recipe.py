@@ -9,9 +9,9 @@ from pathlib import Path
 
 RECIPE = Path(__file__).resolve().parents[2] / "train/recipes/edge.sh"
 
-# Knows the verbs of `python3 -m train`; the model verb waits until set 3 has come, as training would.
+# Knows the verbs of `python3 -m train`; the model verb waits until a set has come, as training would.
 FAKE_PYTHON = """#!/usr/bin/env bash
-verb=$3
+verb=$3 given="$*"
 [ "$2" = torch.distributed.run ] && verb=model
 while [ $# -gt 0 ]; do
   case $1 in
@@ -27,24 +27,35 @@ case $verb in
   vae) touch "$out/vae.safetensors" ;;
   cache) sleep 0.05; touch "$(printf '%s/shard-%03d.safetensors' "$out" "$shard")" ;;
   model)
+    echo "$given" > "$out/given"
     ls "$cache" > "$out/seen-at-first"
-    for _ in $(seq 200); do [ -e "$cache/shard-0003-001.safetensors" ] && break; sleep 0.05; done
+    for _ in $(seq 200); do [ -e "$cache/shard-$WAIT_FOR-001.safetensors" ] && break; sleep 0.05; done
+    sleep "${LINGER:-0}"
     ls "$cache" > "$out/seen-at-last" ;;
 esac
 """
 
 
-def test_sets_come_and_go_while_training_runs(tmp_path: Path) -> None:
-    python = tmp_path / "bin/python3"
+def run(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    python = folder / "bin/python3"
     python.parent.mkdir()
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
+    settings = {
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        "SHARDS_PER_GPU": "2",
+        "SET_PAUSE": "0",
+    } | settings
+    return subprocess.run(
+        ["bash", str(RECIPE), "objects", str(folder / "out")],
+        env=os.environ | settings, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_sets_come_and_go_while_training_runs(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    settings = {"PATH": f"{python.parent}:{os.environ['PATH']}", "SHARDS_PER_GPU": "2", "KEEP_SETS": "2"}
-    settings["SET_PAUSE"] = "0"
-    subprocess.run(
-        ["bash", str(RECIPE), "objects", str(out)], env=os.environ | settings, check=True, timeout=60
-    )
+    assert run(tmp_path, KEEP_SETS="2", WAIT_FOR="0003").returncode == 0
+    assert "--start-from" not in (out / "edge/given").read_text()
     first = (out / "edge/seen-at-first").read_text().split()
     assert first[:2] == ["shard-0000-000.safetensors", "shard-0000-001.safetensors"]
     last = {name.split("-")[1] for name in (out / "edge/seen-at-last").read_text().split()}
@@ -54,3 +65,21 @@ def test_sets_come_and_go_while_training_runs(tmp_path: Path) -> None:
     before = sorted(path.name for path in (out / "cache").rglob("*"))
     time.sleep(0.5)
     assert sorted(path.name for path in (out / "cache").rglob("*")) == before
+
+
+def test_a_checkpoint_to_begin_with_stands_for_the_autoencoder_too(tmp_path: Path) -> None:
+    start, out = tmp_path / "start", tmp_path / "out"
+    start.mkdir()
+    (start / "vae.safetensors").touch()
+    made = run(tmp_path, START=str(start), FIRST_SET="7", SETS="2", WAIT_FOR="0008", LINGER="0.5")
+    assert made.returncode == 0, made.stderr
+    assert not (out / "vae").exists()
+    given = (out / "edge/given").read_text()
+    assert f"--vae {start} " in given and f"--start-from {start}" in given
+    assert {path.name.split("-")[1] for path in (out / "cache").glob("shard-*")} == {"0007", "0008"}
+
+
+def test_a_checkpoint_without_autoencoder_is_told_of(tmp_path: Path) -> None:
+    made = run(tmp_path, START=str(tmp_path / "nothing"))
+    assert made.returncode == 1 and "holds no vae.safetensors; give the folder of a checkpoint" in made.stderr
+    assert not (tmp_path / "out/edge").exists()

@@ -7,6 +7,9 @@
 # continues from OUT/edge/checkpoint if there is one.  Shard processes share the GPUs: reading and
 # drawing up views is work for the CPU, and one process feeds no more than a fifth of a fast GPU.
 #
+# START, the folder of a checkpoint, stands for weights to begin with, and for the autoencoder, which is
+# then not trained:  python -m export checkpoint --out START  makes one of the bundle that ships.
+#
 # The cache is sets of VARIANTS variants of every object.  Training begins with one set.  While it
 # runs, more sets are made with new random numbers, and the newest KEEP_SETS are trained on: what is
 # seen too often is learned by heart.  KEEP_SETS=1 makes no more.  A set of 16 variants of 2 200
@@ -16,11 +19,13 @@ set -euo pipefail
 objects=$1 out=$2
 shift 2
 gpus=${GPUS:-1} variants=${VARIANTS:-16} shards_per_gpu=${SHARDS_PER_GPU:-5} cache=${CACHE:-$out/cache}
-keep_sets=${KEEP_SETS:-2} pause=${SET_PAUSE:-180}
+keep_sets=${KEEP_SETS:-2} pause=${SET_PAUSE:-180} sets=${SETS:-1000} first=${FIRST_SET:-0}
+vae=${START:-$out/vae}
 mkdir -p "$out" "$cache"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
-if [ ! -e "$out/vae/vae.safetensors" ]; then
+if [ ! -e "$vae/vae.safetensors" ]; then
+  [ -z "${START:-}" ] || { echo "START=$START holds no vae.safetensors; give the folder of a checkpoint" >&2; exit 1; }
   # A batch of 24 and many steps measured better than larger batches in the same minutes.
   CUDA_VISIBLE_DEVICES=0 python3 -m train vae --objects "$objects" --out "$out/vae" \
     --minutes "${VAE_MINUTES:-3}" --batch 24 --lr 7e-4 --limit 1000 --workers 12
@@ -32,7 +37,7 @@ make_set() {
   for shard in $(seq 0 $((shards - 1))); do
     [ -e "$(printf '%s/shard-%03d.safetensors' "$work" "$shard")" ] && continue
     CUDA_VISIBLE_DEVICES=$((shard % gpus)) nice -n "$2" python3 -m train cache --objects "$objects" \
-      --vae "$out/vae" --out "$work" --variants "$variants" --inputs 2 --seed "$1" --shard "$shard" \
+      --vae "$vae" --out "$work" --variants "$variants" --inputs 2 --seed "$1" --shard "$shard" \
       --shards "$shards" --workers 3 > "$out/cache-$shard.log" 2>&1 &
     pids+=($!)
   done
@@ -47,16 +52,16 @@ newest_set() { find "$cache" -name 'shard-*-*.safetensors' | sed 's|.*/shard-0*\
 
 more_sets() {
   local seed=$1
-  while true; do
+  while [ "$((seed + 1))" -lt "$((first + sets))" ]; do
     sleep "$pause"
     seed=$((seed + 1))
     make_set "$seed" 10
-    [ "$seed" -ge "$keep_sets" ] && rm -f "$cache/shard-$(printf '%04d' $((seed - keep_sets)))"-*.safetensors
+    [ "$((seed - keep_sets))" -ge "$first" ] && rm -f "$cache/shard-$(printf '%04d' $((seed - keep_sets)))"-*.safetensors
   done
 }
 
 newest=$(newest_set)
-[ -n "$newest" ] || { make_set 0 0; newest=0; }
+[ -n "$newest" ] || { make_set "$first" 0; newest=$first; }
 if [ "$keep_sets" -gt 1 ]; then
   set -m # a group of its own, so that all of it can be stopped
   more_sets "$newest" &
@@ -64,8 +69,9 @@ if [ "$keep_sets" -gt 1 ]; then
   set +m
 fi
 
-resume=()
-[ -e "$out/edge/checkpoint/state.json" ] && resume=(--resume)
-python3 -m torch.distributed.run --nproc_per_node="$gpus" -m train model --vae "$out/vae" --cache "$cache" \
+begin=()
+[ -z "${START:-}" ] || begin=(--start-from "$START")
+[ ! -e "$out/edge/checkpoint/state.json" ] || begin=(--resume)
+python3 -m torch.distributed.run --nproc_per_node="$gpus" -m train model --vae "$vae" --cache "$cache" \
   --growing-cache --objects "$objects" --out "$out/edge" --batch 128 --compile blocks \
-  "${resume[@]:+${resume[@]}}" "$@"
+  "${begin[@]:+${begin[@]}}" "$@"
