@@ -32,7 +32,7 @@ from train.sampling import decode_pairs, sample_latents
 from train.sheets import view_row
 from train.watch import Watch
 from uc3d_rt.contract import SamplingDefaults
-from uc3d_rt.views import decode_normals
+from uc3d_rt.views import decode_views
 
 SHEET_OBJECTS = 3
 TOGETHER = 8
@@ -118,9 +118,8 @@ class Measure:
             color: (V, H, W, 3) in [0, 1], as decoded.
             normal: likewise, as an image.
         """
-        unit, mask = decode_normals(normal)
-        cut = np.where(mask[..., None], color, np.float32(1.0))
-        row: Figures = dict(view_metrics(cut, unit, self.watch.color[index], self.watch.normal[index]))
+        shown, unit, mask = decode_views(color, normal)
+        row: Figures = dict(view_metrics(shown, unit, self.watch.color[index], self.watch.normal[index]))
         row["outlines"], row["edges"] = outline_agreement(color, mask), edge_agreement(color, normal)
         pairs = [embeddings(heads, color, normal) for heads in (self.heads, own) if heads is not None]
-        return row, pairs, view_row(cut, unit)
+        return row, pairs, view_row(shown, unit)

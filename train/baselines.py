@@ -23,7 +23,15 @@ from train.render import Scene, View
 from train.truth import EvalSample
 from uc3d_rt.errors import UsageError
 from uc3d_rt.preprocess import frame_object
-from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS, Camera, decode_normals, encode_normals, pixel_grid
+from uc3d_rt.views import (
+    NUM_VIEWS,
+    TARGET_CAMERAS,
+    Camera,
+    decode_normals,
+    decode_views,
+    encode_normals,
+    pixel_grid,
+)
 
 if TYPE_CHECKING:
     import trimesh
@@ -118,8 +126,8 @@ def autoencoded(encode: CallNetwork, decode: CallNetwork, color: FloatArray, nor
         chunk = np.ascontiguousarray(images[start : start + _CHUNK], np.float32)
         parts.append(decode(latent=encode(image=chunk)["latent"])["image"])
     decoded = np.clip(np.concatenate(parts), 0.0, 1.0).transpose(0, 2, 3, 1)
-    units, mask = decode_normals(decoded[len(color) :])
-    return np.where(mask[..., None], decoded[: len(color)], np.float32(1.0)), units
+    read, units, _ = decode_views(decoded[: len(color)], decoded[len(color) :])
+    return read, units
 
 
 @dataclass(frozen=True, eq=False)

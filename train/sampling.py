@@ -11,7 +11,7 @@ from train.model import MultiviewModel
 from train.vae import Vae
 from uc3d_rt.contract import SamplingDefaults
 from uc3d_rt.sampler import ddim
-from uc3d_rt.views import decode_normals
+from uc3d_rt.views import decode_views
 
 
 @torch.no_grad()
@@ -32,9 +32,7 @@ def sample_views(
     """
     images = decode_pairs(vae, sample_latents(model, vae, image, focal, sampling, seed))
     color, normal = images.reshape(2, image.shape[0], -1, *images.shape[1:])
-    unit, mask = decode_normals(normal)
-    color = np.where(mask[..., None], color, np.float32(1.0))
-    return color, unit, mask
+    return decode_views(color, normal)
 
 
 @torch.no_grad()

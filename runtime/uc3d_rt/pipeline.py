@@ -31,7 +31,7 @@ from uc3d_rt.gpu_memory import ProcessMemory
 from uc3d_rt.ladder import LowMemory, lower_rungs
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
 from uc3d_rt.sampler import ddim_steps
-from uc3d_rt.views import decode_normals
+from uc3d_rt.views import decode_views
 
 if TYPE_CHECKING:
     import trimesh
@@ -382,9 +382,8 @@ class Pipeline:
                 images.append(network(latent=latents[start : start + chunk])["image"])
                 on_image(min(start + chunk, len(latents)), len(latents))
         decoded = np.clip(np.concatenate(images), 0.0, 1.0).transpose(0, 2, 3, 1)
-        normal, silhouette = decode_normals(decoded[len(z_0) :])
-        color = np.where(silhouette[..., None], decoded[: len(z_0)], np.float32(1.0))
-        return np.ascontiguousarray(color, np.float32), normal
+        color, normal, _ = decode_views(decoded[: len(z_0)], decoded[len(z_0) :])
+        return np.ascontiguousarray(color), normal
 
     @contextmanager
     def _network(self, name: str) -> Iterator[Network]:

@@ -125,6 +125,29 @@ def encode_normals(normals: NDArray[np.floating]) -> FloatArray:
     return ((np.asarray(normals, dtype=np.float32) + 1.0) * 0.5).astype(np.float32)
 
 
+FADE_POWER = 0.75
+"""Of the decoded normal's length, by which a colour's distance from white is divided in `decode_views`."""
+
+
+def decode_views(
+    color: NDArray[np.floating], normal: NDArray[np.floating]
+) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
+    """Decoded images (..., 3) in [0, 1] of colours and of normals, read as views.
+
+    Where a network cannot tell whether the object is there, both its colour and its normal are means of
+    what may be: the one fades to white, the other gets shorter.  Within the silhouette the object is taken
+    to be there, so the colour is brought back by the normal's length.  That is the share of the object in
+    the mean, or less where directions differ too: hence a power below 1.
+
+    Returns:
+        Colours, white outside of the silhouette; unit normals, zero outside; and the silhouette (...).
+    """
+    length = np.linalg.norm(np.asarray(normal, np.float32) * 2.0 - 1.0, axis=-1, keepdims=True)
+    shown = 1.0 - (1.0 - np.asarray(color, np.float32)) / np.clip(length, 0.5, 1.0) ** FADE_POWER
+    unit, mask = decode_normals(normal)
+    return np.where(mask[..., None], np.clip(shown, 0.0, 1.0), 1.0).astype(np.float32), unit, mask
+
+
 def decode_normals(image: NDArray[np.floating]) -> tuple[FloatArray, NDArray[np.bool_]]:
     """A normal map (..., 3) in [0, 1] to unit normals (..., 3), zero outside, and the silhouette.
 

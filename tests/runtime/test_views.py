@@ -8,12 +8,14 @@ import pytest
 from uc3d_rt.views import (
     AZIMUTHS_DEG,
     BOUNDING_RADIUS,
+    FADE_POWER,
     FOCAL_LENGTHS_MM,
     TARGET_CAMERAS,
     Camera,
     camera_axes,
     camera_rays,
     decode_normals,
+    decode_views,
     encode_normals,
     pixel_grid,
     project,
@@ -68,6 +70,24 @@ def test_perspective_keeps_the_size_at_the_origin(focal_mm: float) -> None:
 def test_a_camera_inside_the_object_is_refused() -> None:
     with pytest.raises(ValueError, match="inside the object"):
         Camera(0.0, 0.0, 18.0 * BOUNDING_RADIUS)
+
+
+def test_what_fades_to_white_where_the_network_is_undecided_comes_back() -> None:
+    rng = np.random.default_rng(0)
+    color = rng.random((200, 3), np.float32)
+    normal = rng.normal(size=(200, 3))
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+    share = np.linspace(0.0, 1.0, 200)[:, None]  # of the object in the mean of it and the background
+    faded, shortened = share * color + (1 - share), encode_normals(share * normal)
+    found, unit, mask = decode_views(faded, shortened)
+    assert found.dtype == np.float32 and (mask == (share[:, 0] > 0.5)).all()
+    assert (found[~mask] == 1.0).all() and (unit[~mask] == 0.0).all()
+    np.testing.assert_allclose(unit[mask], normal[mask], atol=1e-5)
+    np.testing.assert_allclose(found[-1], color[-1], atol=1e-6)  # what is certain stays
+    left = share ** (1.0 - FADE_POWER)
+    np.testing.assert_allclose(found[mask], (left * color + (1 - left))[mask], atol=1e-5)
+    dark, _, _ = decode_views(np.zeros((1, 3)), encode_normals(np.array([[0.0, 0.0, 0.6]])))
+    assert (dark == 0.0).all()  # never below black
 
 
 def test_normals_survive_encoding_and_background_is_grey() -> None:
