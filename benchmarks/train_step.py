@@ -91,19 +91,25 @@ def measure_each(counts: Sequence[int], arguments: Sequence[str]) -> list[Result
 @click.option("--batch", type=int, help="Objects a step and process; default: the preset's.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--compile", "part", type=click.Choice(["blocks", "unet"]))
+@click.option("--cuda-graphs", is_flag=True, help="As of `python -m train model`.")
 @click.option("--channels-last", is_flag=True)
 @click.option("--bf16-gradients", is_flag=True, help="With several processes: exchange them in bfloat16.")
 @click.option("--kernels", default=0, help="Print this many of the kernels that take longest.")
 @click.option("--processes", help="Start it with each of these numbers of processes, as 1,2,8.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Gets the results.")
 def main(
-    profile: str, batch: int | None, steps: int, part: str | None, channels_last: bool, bf16_gradients: bool,
+    profile: str, batch: int | None, steps: int, part: str | None, cuda_graphs: bool, channels_last: bool,
+    bf16_gradients: bool,
     kernels: int, processes: str | None, out: Path | None,
 ) -> None:  # fmt: skip
     if processes is not None:
         given = {"--profile": profile, "--batch": batch, "--steps": steps, "--compile": part}
         arguments = [str(word) for name, v in given.items() if v is not None for word in (name, v)]
-        flags = {"--channels-last": channels_last, "--bf16-gradients": bf16_gradients}
+        flags = {
+            "--cuda-graphs": cuda_graphs,
+            "--channels-last": channels_last,
+            "--bf16-gradients": bf16_gradients,
+        }
         arguments += [name for name, on in flags.items() if on]
         results = measure_each([int(count) for count in processes.split(",")], arguments)
         click.echo(f"{profile} on {results[0].device}, random weights\n\n{scaling_table(results)}")
@@ -123,7 +129,8 @@ def main(
     if channels_last:
         model.unet = model.unet.to(memory_format=torch.channels_last)
     if part is not None:
-        compile_model(model, part)
+        compile_model(model, part, cuda_graphs)
+    torch.backends.cudnn.benchmark = cuda_graphs
     count, shape = 128, preset.shape
     latent = torch.randn(count, 6, 2 * shape.latent_channels, shape.latent_px, shape.latent_px, device=device)
     picture = torch.randint(
@@ -139,7 +146,7 @@ def main(
     )
     parameters = list(model.parameters())
     train = preset.train
-    optimizers = build_optimizers(parameters, train.optimizer, train.lr, train.weight_decay)
+    optimizers = build_optimizers(parameters, train.optimizer, train.lr, train.weight_decay, cuda_graphs)
     average: dict[str, torch.Tensor] = {}
     size = batch or preset.train.batch
     times: list[float] = []
@@ -186,9 +193,9 @@ def main(
     memory = float("nan") if result.peak_gib is None else result.peak_gib
     accelerator.print(
         f"{profile} batch {result.processes} x {size} compile={part} "
-        f"channels_last={channels_last} bf16_gradients={bf16_gradients}: {result.step_ms:.1f} ms a step "
-        f"(queued after {result.queued_ms:.1f}), {result.objects_per_s:.2f} objects/s, "
-        f"warm-up {warm:.0f} s, peak {memory:.1f} GiB",
+        f"cuda_graphs={cuda_graphs} channels_last={channels_last} bf16_gradients={bf16_gradients}: "
+        f"{result.step_ms:.1f} ms a step (queued after {result.queued_ms:.1f}), "
+        f"{result.objects_per_s:.2f} objects/s, warm-up {warm:.0f} s, peak {memory:.1f} GiB",
         flush=True,
     )
     if accelerator.is_main_process:

@@ -50,6 +50,11 @@ from train.presets import PRESETS, with_train
     type=float,
     help="At t = T - 1 errors are divided by this power of themselves; 0 is Eq. 9.",
 )
+@click.option(
+    "--last-share",
+    type=click.FloatRange(0, 1),
+    help="Share of the draws at t = T - 1; default: the profile's.",
+)
 @click.option("--lambda-outline", type=float, help="Weight of the loss on silhouettes at t = T - 1.")
 @click.option("--lambda-normal", type=float, help="Weight of the loss on decoded normals at t = T - 1.")
 @seed_option
@@ -59,6 +64,12 @@ from train.presets import PRESETS, with_train
     "--compile", "compile_", type=click.Choice(["blocks", "unet"]),
     help="Compile the UNet's repeated blocks, or all of it at once (minutes at the start).",
 )  # fmt: skip
+@click.option(
+    "--cuda-graphs",
+    is_flag=True,
+    help="With --compile unet: replay CUDA graphs, and try which kernels convolve fastest. "
+    "A resumed run is then not the same to the last bit.",
+)
 @click.option("--bf16-gradients", is_flag=True, help="Processes exchange gradients in bfloat16.")
 @click.option(
     "--shard", is_flag=True, help="Spread the model over the processes (FSDP), if it fits into no GPU whole."
@@ -83,10 +94,11 @@ def model(
     profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path | None, cache_in: str,
     objects: Path | None, out: Path | None, steps: int | None, minutes: float | None, batch: int | None,
     lr: float | None, lambda_var: float | None, lambda_mi: float | None, relative_power: float | None,
-    lambda_outline: float | None, lambda_normal: float | None, seed: int, save_every: int,
-    sheet_every: int, compile_: str | None, bf16_gradients: bool, growing_cache: bool,
-    gradient_checkpointing: bool | None, resume: bool, start_from: Path | None, shard: bool,
-    dry_run: bool, processes: int | None, step_seconds: float | None, gpu_hour_price: float | None,
+    last_share: float | None, lambda_outline: float | None, lambda_normal: float | None, seed: int,
+    save_every: int, sheet_every: int, compile_: str | None, cuda_graphs: bool, bf16_gradients: bool,
+    growing_cache: bool, gradient_checkpointing: bool | None, resume: bool, start_from: Path | None,
+    shard: bool, dry_run: bool, processes: int | None, step_seconds: float | None,
+    gpu_hour_price: float | None,
 ) -> None:  # fmt: skip
     """Train the regularised multiview model on cached latents (Eq. 18)."""
     if resume and start_from is not None:
@@ -115,6 +127,8 @@ def model(
 
     if bf16_gradients and not torch.cuda.is_available():
         raise click.UsageError("--bf16-gradients is for several CUDA devices; leave it out")
+    if cuda_graphs and not (torch.cuda.is_available() and compile_ == "unet" and not shard):
+        raise click.UsageError("--cuda-graphs is for CUDA devices, with --compile unet and without --shard")
     state, unet = process_state(), None
     with plain_errors():
         losses = PRESETS[profile].train.losses
@@ -125,7 +139,7 @@ def model(
         }  # fmt: skip
         losses = replace(losses, **{name: value for name, value in chosen.items() if value is not None})
         preset = with_train(
-            PRESETS[profile], batch=batch, steps=steps, lr=lr, losses=losses,
+            PRESETS[profile], batch=batch, steps=steps, lr=lr, last_share=last_share, losses=losses,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         if dry_run:
@@ -161,8 +175,8 @@ def model(
         state.print("no object is kept aside (about 1 in 50 is), so no sample sheets will be drawn")
     options = RunOptions(
         out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
-        bf16_gradients=bf16_gradients, shard=shard, resume=resume, start_from=start_from,
-        refresh_from=cache_folder if growing_cache else None, cache_in=cache_in,
+        cuda_graphs=cuda_graphs, bf16_gradients=bf16_gradients, shard=shard, resume=resume,
+        start_from=start_from, refresh_from=cache_folder if growing_cache else None, cache_in=cache_in,
     )  # fmt: skip
     with plain_errors(CheckpointError, FloatingPointError, OSError):
         train_model(preset, data, net, watch, options, unet)

@@ -312,7 +312,7 @@ def render_pixels(
 class Scene:
     """An object's BVH, colours and texture on a device ("cpu", "cuda:0"); a context manager.
 
-    Launches go to torch's current stream of that device and do not wait for it.
+    "cuda" is the first GPU.  Launches go to torch's current stream of that device and do not wait for it.
 
     Raises:
         ValueError: the device is neither the CPU nor a CUDA device of this machine.
@@ -322,7 +322,8 @@ class Scene:
         wp.config.log_level = max(wp.config.log_level, wp.LOG_WARNING)  # no banner
         wp.init()
         try:
-            self.torch_device = torch.device(device)
+            # warp wants the number of a GPU, which torch leaves out of "cuda"
+            self.torch_device = torch.device("cuda:0" if device == "cuda" else device)
             self.device = wp.device_from_torch(self.torch_device)
         except Exception as error:  # warp and torch each raise their own kinds
             raise ValueError(

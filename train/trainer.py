@@ -54,6 +54,7 @@ class RunOptions:
     sheet_every: int = 1000
     log_every: int = 20
     compile: str | None = None  # "blocks" or "unet": see `compile_model`
+    cuda_graphs: bool = False  # the compiled UNet and Muon as CUDA graphs, convolutions chosen by trial
     bf16_gradients: bool = False  # processes exchange gradients in bfloat16: half the bytes
     shard: bool = False  # spread the model over the processes; see train/sharding.py
     resume: bool = False
@@ -74,11 +75,12 @@ def make_accelerator(bf16_gradients: bool = False) -> Accelerator:
     )
 
 
-def compile_model(model: MultiviewModel, part: str) -> None:
+def compile_model(model: MultiviewModel, part: str, graphs: bool = False) -> None:
     """Compile the UNet's repeated blocks each, or the UNet as one, and the image encoder's blocks.
 
     Args:
         part: "blocks" or "unet".
+        graphs: the UNet as one is replayed as CUDA graphs, one each way.
     """
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -86,7 +88,7 @@ def compile_model(model: MultiviewModel, part: str) -> None:
     if part == "unet":
         # One graph also where gradients are exchanged: it is not cut at their buckets.
         torch._dynamo.config.optimize_ddp = False
-        model.unet.unet.compile(dynamic=False)
+        model.unet.unet.compile(dynamic=False, mode="reduce-overhead" if graphs else "default")
     else:
         for module in model.unet.modules():
             if isinstance(module, ResnetBlock2D | MultiviewBlock):
@@ -157,14 +159,15 @@ def train_model(
             raise CheckpointError("a sharded model trains with adamw and exchanges gradients in float32")
         shard(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizers = build_optimizers(trainable, spec.optimizer, spec.lr, spec.weight_decay)
+    optimizers = build_optimizers(trainable, spec.optimizer, spec.lr, spec.weight_decay, options.cuda_graphs)
     if options.resume:
         ema = read_tensors(folder / "ema.safetensors", mend, device)
         average.update({n: local(spread_like(ema[n], p)) for n, p in model.named_parameters()})
         moments = read_tensors(folder / "optimizer.safetensors", mend, device)
         restore_optimizers(optimizers, spread_moments(optimizers, moments))
     if options.compile:
-        compile_model(model, options.compile)
+        compile_model(model, options.compile, options.cuda_graphs)
+        torch.backends.cudnn.benchmark = options.cuda_graphs
     wrapped = model if sharded else accelerator.prepare_model(model)
     if accelerator.is_main_process:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.optimizer import Muon, build_optimizers, orthogonalized
+from train.optimizer import Muon, build_optimizers, orthogonalized, orthogonalized_together
 
 
 @pytest.mark.parametrize("shape", [(3, 80, 200), (2, 200, 80)])
@@ -18,6 +18,36 @@ def test_orthogonalized_against_svd(shape: tuple[int, int, int]) -> None:
     diagonal = rotated.diagonal(dim1=1, dim2=2)
     assert float(diagonal.min()) > 0.6 and float(diagonal.max()) < 1.3
     assert float((rotated - torch.diag_embed(diagonal)).abs().max()) < 0.05
+
+
+def test_orthogonalized_together_is_each_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(80, 200), (200, 80), (80, 190), (80, 80), (96, 500), (80, 256)]
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    for matrix, found in zip(matrices, orthogonalized_together(matrices), strict=True):
+        alone = orthogonalized(matrix[None])[0].float()
+        assert found.shape == matrix.shape
+        assert (
+            float((found.float() - alone).norm() / alone.norm()) < 0.02
+        )  # rounded to bfloat16 in other sums
+
+
+@pytest.mark.gpu
+def test_graphs_move_as_kernels_do() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch.manual_seed(0)
+    shapes = [(96, 160), (64, 16, 3, 3), (160, 96)]
+    graphed, plain = ([torch.nn.Parameter(torch.ones(s, device="cuda")) for s in shapes] for _ in range(2))
+    optimizers = [Muon(graphed, lr=0.02, graphs=True), Muon(plain, lr=0.02)]
+    for _ in range(4):
+        for p, q in zip(graphed, plain, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(graphed, plain, strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("shape", [(96, 160), (64, 16, 3, 3)])

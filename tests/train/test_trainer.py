@@ -317,6 +317,8 @@ def test_model_then_resume(made: Path, tmp_path: Path) -> None:
         (("--pretrained", "."), {}, "--pretrained is for the sdxl profile"),
         (("--start-from", "."), {}, "ema.safetensors is missing; give the folder of a checkpoint"),
         (("--bf16-gradients",), {}, "is for several CUDA devices"),
+        (("--cuda-graphs",), {}, "with --compile unet"),
+        (("--last-share", "2"), {}, "is not in the range"),
     ],
 )
 def test_mistakes_are_told_in_a_line(

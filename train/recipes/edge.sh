@@ -73,5 +73,5 @@ begin=()
 [ -z "${START:-}" ] || begin=(--start-from "$START")
 [ ! -e "$out/edge/checkpoint/state.json" ] || begin=(--resume)
 python3 -m torch.distributed.run --nproc_per_node="$gpus" -m train model --vae "$vae" --cache "$cache" \
-  --growing-cache --objects "$objects" --out "$out/edge" --batch 128 --compile blocks \
+  --growing-cache --objects "$objects" --out "$out/edge" --batch 128 --compile unet --cuda-graphs \
   "${begin[@]:+${begin[@]}}" "$@"
