@@ -99,8 +99,7 @@ def measure_each(counts: Sequence[int], arguments: Sequence[str]) -> list[Result
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Gets the results.")
 def main(
     profile: str, batch: int | None, steps: int, part: str | None, cuda_graphs: bool, channels_last: bool,
-    bf16_gradients: bool,
-    kernels: int, processes: str | None, out: Path | None,
+    bf16_gradients: bool, kernels: int, processes: str | None, out: Path | None,
 ) -> None:  # fmt: skip
     if processes is not None:
         given = {"--profile": profile, "--batch": batch, "--steps": steps, "--compile": part}
