@@ -233,6 +233,7 @@ def _training_record(checkpoint: Path) -> dict[str, Any]:
     state = load_state(checkpoint)
     return {
         "steps": state["step"],
+        **({"merged_steps": state["merged_steps"]} if "merged_steps" in state else {}),
         "batch": state["batch"],
         "seed": state["seed"],
         "losses": state["config"]["train"]["losses"],

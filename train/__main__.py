@@ -7,6 +7,7 @@
     python -m train cache --objects DIR --vae runs/vae --out runs/cache
     python -m train model --vae runs/vae --cache runs/cache --objects DIR --out runs/edge
     python -m train ablate --vae runs/vae --cache runs/cache --objects DIR --out runs/ablation
+    python -m train merge runs/edge/earlier runs/edge/checkpoint --out runs/merged   (optional)
     python -m export onnx --checkpoint runs/edge/checkpoint --out engines/edge
     python -m train evaluate --bundle engines/edge --objects DIR --out runs/evaluation
 
@@ -234,6 +235,19 @@ def gallery(
 
     with plain_errors(Uc3dError, OSError):
         run(bundle, pictures, out, seed, click.echo, steps=steps, guidance=guidance)
+
+
+@cli.command()
+@click.argument("checkpoints", type=FOLDER, nargs=-1, required=True)
+@click.option("--out", type=OUT, required=True, help="Folder of the new checkpoint.")
+def merge(checkpoints: tuple[Path, ...], out: Path) -> None:
+    """Average the weights of two or more CHECKPOINTS of one run, copied while it went on."""
+    from train.checkpoint import CheckpointError
+    from train.merge import merge_checkpoints
+
+    with plain_errors(ValueError, CheckpointError, OSError):
+        steps = merge_checkpoints(checkpoints, out)
+    click.echo(f"{out}  the mean of steps {', '.join(map(str, steps))}")
 
 
 @cli.command()

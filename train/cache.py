@@ -40,6 +40,9 @@ ENCODED_PIXELS = 128 * 256**2
 PLACES = ("device", "host", "disk")
 """Where a cache may lie, from the fastest to the largest."""
 
+WHOLE = (0, 1)
+"""The part of a process that holds all shards."""
+
 
 @dataclass(frozen=True)
 class LatentCache:
@@ -202,9 +205,10 @@ def vae_fingerprint(vae: Vae) -> str:
     return f"{sum(float(p.double().sum()) for p in vae.state_dict().values()):.4f}"
 
 
-def shard_names(folder: Path) -> tuple[str, ...]:
-    """The finished shards of a folder, sorted."""
-    return tuple(sorted(path.name for path in folder.glob("shard-*.safetensors")))
+def shard_names(folder: Path, part: tuple[int, int] = WHOLE) -> tuple[str, ...]:
+    """The finished shards of a folder, sorted; or those of one process of several, dealt out in turn."""
+    index, count = part
+    return tuple(sorted(path.name for path in folder.glob("shard-*.safetensors"))[index::count])
 
 
 @dataclass(frozen=True)
@@ -216,20 +220,30 @@ class Shard:
     variants: int  # of each object
 
 
-def load_cache(folder: Path, vae: Vae, device: torch.device, place: str = "device") -> Cache:
-    """Every shard of a folder, for batches on a device.
+def load_cache(
+    folder: Path, vae: Vae, device: torch.device, place: str = "device", part: tuple[int, int] = WHOLE
+) -> Cache:
+    """The shards of a folder, for batches on a device.
 
     Args:
         place: one of `PLACES`; "disk" reads what is drawn only.
+        part: which of how many processes this is, if each holds shards of its own.
 
     Raises:
-        CheckpointError: there is no shard, or one is damaged or was encoded by another autoencoder.
+        CheckpointError: there is no shard (for this process), or one is damaged or was encoded by
+            another autoencoder.
         ValueError: an unknown place.
     """
     if place not in PLACES:
         raise ValueError(f"a cache lies in {', '.join(PLACES)}, not in {place!r}")
-    names = shard_names(folder)
+    names = shard_names(folder, part)
     if not names:
+        there = len(shard_names(folder))
+        if there:
+            raise CheckpointError(
+                f"{folder} holds {there} shards for {part[1]} processes; make more of them (--shards), "
+                "or let every process hold all"
+            )
         raise CheckpointError(f"no shards in {folder}; make them with: python -m train cache --out {folder}")
     fingerprint = vae_fingerprint(vae)
     shards = [
@@ -295,9 +309,9 @@ def _empty(file: Any, key: str, rows: int, device: torch.device) -> Tensor:
     return torch.empty(rows, *first.shape[1:], dtype=first.dtype, device=device)
 
 
-def cache_bytes(folder: Path) -> int:
+def cache_bytes(folder: Path, part: tuple[int, int] = WHOLE) -> int:
     """About what the shards of a folder take in memory."""
-    return sum((folder / name).stat().st_size for name in shard_names(folder))
+    return sum((folder / name).stat().st_size for name in shard_names(folder, part))
 
 
 def reload_cache(
@@ -305,6 +319,7 @@ def reload_cache(
     vae: Vae,
     device: torch.device,
     place: str = "device",
+    part: tuple[int, int] = WHOLE,
     *,
     attempts: int = 10,
     wait_s: float = 1.0,
@@ -316,7 +331,7 @@ def reload_cache(
     """
     for _ in range(attempts):
         try:
-            return load_cache(folder, vae, device, place)
+            return load_cache(folder, vae, device, place, part)
         except FileNotFoundError:
             time.sleep(wait_s)
     raise CheckpointError(f"shards in {folder} go faster than they can be read; keep more sets of them")

@@ -36,6 +36,12 @@ from train.presets import PRESETS, with_train
 )
 @cache_in_option
 @click.option(
+    "--split-cache",
+    is_flag=True,
+    help="Every process holds shards of its own, not all: room for more variants. "
+    "Sets of them need a multiple of as many shards.",
+)
+@click.option(
     "--objects", type=FOLDER, help="The same folder; draws sample sheets of the objects kept aside."
 )
 @click.option("--out", type=OUT, help="Gets checkpoint/, log.jsonl, loss.png and sheet-*.png.")
@@ -92,9 +98,10 @@ from train.presets import PRESETS, with_train
 @click.option("--gpu-hour-price", type=float, help="--dry-run: price of a GPU for an hour, for the cost.")
 def model(
     profile: str, vae_folder: Path | None, pretrained: Path | None, cache_folder: Path | None, cache_in: str,
-    objects: Path | None, out: Path | None, steps: int | None, minutes: float | None, batch: int | None,
-    lr: float | None, lambda_var: float | None, lambda_mi: float | None, relative_power: float | None,
-    last_share: float | None, lambda_outline: float | None, lambda_normal: float | None, seed: int,
+    split_cache: bool, objects: Path | None, out: Path | None, steps: int | None, minutes: float | None,
+    batch: int | None, lr: float | None, lambda_var: float | None, lambda_mi: float | None,
+    relative_power: float | None, last_share: float | None, lambda_outline: float | None,
+    lambda_normal: float | None, seed: int,
     save_every: int, sheet_every: int, compile_: str | None, cuda_graphs: bool, bf16_gradients: bool,
     growing_cache: bool, gradient_checkpointing: bool | None, resume: bool, start_from: Path | None,
     shard: bool, dry_run: bool, processes: int | None, step_seconds: float | None,
@@ -120,7 +127,7 @@ def model(
 
     import torch
 
-    from train.cache import load_cache
+    from train.cache import WHOLE, load_cache
     from train.checkpoint import CheckpointError, finish_interrupted_save, load_state
     from train.trainer import RunOptions, check_resumable, train_model
     from train.watch import watched
@@ -146,8 +153,10 @@ def model(
             from train.cache import cache_bytes
             from train.dry_run import Plan, memory_parts, parameter_counts, report
 
-            on_gpu = cache_bytes(cache_folder) if cache_folder is not None and cache_in == "device" else 0
-            plan = Plan(preset, processes or state.num_processes, on_gpu, shard, step_seconds, gpu_hour_price)
+            count = processes or state.num_processes
+            part = (0, count) if split_cache else WHOLE
+            on_gpu = cache_bytes(cache_folder, part) if cache_folder and cache_in == "device" else 0
+            plan = Plan(preset, count, on_gpu, shard, step_seconds, gpu_hour_price)
             if state.is_main_process:
                 click.echo(report(plan, parameter_counts(preset), memory_parts(plan)))
             return
@@ -167,7 +176,8 @@ def model(
             from train.pretrained import load_sdxl_unet
 
             unet = load_sdxl_unet(pretrained, preset.unet)
-        data = load_cache(cache_folder, net, state.device, cache_in)
+        part = (state.process_index, state.num_processes) if split_cache else WHOLE
+        data = load_cache(cache_folder, net, state.device, cache_in, part)
         state.print(f"{data.variants} variants of {data.objects} objects")
         aside = training_objects(objects)[1][:40] if objects is not None and state.is_main_process else []
         watch = watched(aside, device_name(state), preset.vae.image_px) if aside else None
@@ -177,6 +187,7 @@ def model(
         out=out, seed=seed, minutes=minutes, save_every=save_every, sheet_every=sheet_every, compile=compile_,
         cuda_graphs=cuda_graphs, bf16_gradients=bf16_gradients, shard=shard, resume=resume,
         start_from=start_from, refresh_from=cache_folder if growing_cache else None, cache_in=cache_in,
+        cache_part=part,
     )  # fmt: skip
     with plain_errors(CheckpointError, FloatingPointError, OSError):
         train_model(preset, data, net, watch, options, unet)

@@ -249,8 +249,10 @@ EDGE = Preset(
         lr_final=1e-5,
         warmup=300,
         optimizer="muon",
-        last_share=0.7,
-        losses=LossWeights(relative_power=1.0, lambda_outline=0.2),
+        drop_image=0.05,  # guidance acts in no more than a step or two
+        drop_focal=0.6,  # most people's pictures come without it
+        last_share=0.85,
+        losses=LossWeights(relative_power=1.0, lambda_outline=0.6, lambda_normal=0.25),
     ),  # fmt: skip
 )
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from train.average import full_average, update_average
-from train.cache import Cache, reload_cache, shard_names
+from train.cache import WHOLE, Cache, reload_cache, shard_names
 from train.checkpoint import (
     CheckpointError,
     differences,
@@ -62,6 +62,7 @@ class RunOptions:
     refresh_from: Path | None = None  # folder of the cache, if its shards still change
     refresh_every: int = 500  # steps between looks into it
     cache_in: str = "device"  # one of `train.cache.PLACES`, for the shards read anew
+    cache_part: tuple[int, int] = WHOLE  # which of how many processes this is, if each holds its own
 
 
 def make_accelerator(bf16_gradients: bool = False) -> Accelerator:
@@ -194,9 +195,9 @@ def train_model(
             group["lr"] = rate
         generator = step_generator(device, options.seed, accelerator.process_index, step)
         look_again = options.refresh_from is not None and step % options.refresh_every == 0
-        if look_again and shard_names(options.refresh_from) not in ((), cache.shards):
+        if look_again and shard_names(options.refresh_from, options.cache_part) not in ((), cache.shards):
             cache.free()  # the device need not hold two
-            cache = reload_cache(options.refresh_from, vae, device, options.cache_in)
+            cache = reload_cache(options.refresh_from, vae, device, options.cache_in, options.cache_part)
             names = f"{cache.shards[0]} ... {cache.shards[-1]}"
             accelerator.print(f"step {step}: {cache.variants} variants, {names}", flush=True)
         batch = cache.draw(spec.batch, generator)

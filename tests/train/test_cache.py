@@ -10,7 +10,16 @@ import trimesh
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from train.cache import PLACES, LatentCache, MappedCache, build_shard, load_cache, shares, vae_fingerprint
+from train.cache import (
+    PLACES,
+    LatentCache,
+    MappedCache,
+    build_shard,
+    cache_bytes,
+    load_cache,
+    shares,
+    vae_fingerprint,
+)
 from train.checkpoint import CheckpointError
 from train.dataset import render_folder
 from train.objects import find_objects
@@ -143,6 +152,19 @@ def test_draws_are_the_same_wherever_the_cache_lies(folder: Path, vae: Vae) -> N
     assert len(seen) >= 5  # rows of both shards
     with pytest.raises(ValueError, match="lies in device, host, disk, not in 'tape'"):
         load_cache(folder, vae, CPU, "tape")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_processes_share_the_shards_out(folder: Path, vae: Vae, place: str) -> None:
+    parts = [load_cache(folder, vae, CPU, place, (index, 2)) for index in range(2)]
+    assert [part.shards for part in parts] == [("shard-000.safetensors",), ("shard-001.safetensors",)]
+    assert [part.objects for part in parts] == [2, 1]
+    whole = load_cache(folder, vae, CPU)
+    batch = parts[1].draw(9, torch.Generator().manual_seed(0))
+    assert {_row(whole, z_0) for z_0 in batch.z_0} == {4, 5}  # the variants of the second shard, none else
+    assert cache_bytes(folder, (0, 2)) + cache_bytes(folder, (1, 2)) == cache_bytes(folder)
+    with pytest.raises(CheckpointError, match="holds 2 shards for 3 processes; make more of them"):
+        load_cache(folder, vae, CPU, place, (2, 3))
 
 
 def test_a_mapped_cache_refuses_the_same_shards(folder: Path, vae: Vae, tmp_path: Path) -> None:

@@ -67,6 +67,18 @@ def test_sets_come_and_go_while_training_runs(tmp_path: Path) -> None:
     assert sorted(path.name for path in (out / "cache").rglob("*")) == before
 
 
+def test_sets_made_before_training_are_all_trained_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "cache").mkdir(parents=True)
+    (out / "cache/shard-0004-000.safetensors").touch()  # a stopped run goes on where it was
+    made = run(tmp_path, FIRST_SET="4", SETS_BEFORE="3", WAIT_FOR="0006", LINGER="0.5")
+    assert made.returncode == 0, made.stderr
+    seen = (out / "edge/seen-at-first").read_text()
+    assert seen == (out / "edge/seen-at-last").read_text()
+    assert {name.split("-")[1] for name in seen.split()} == {"0004", "0005", "0006"}
+    assert "--split-cache" in (out / "edge/given").read_text()
+
+
 def test_a_checkpoint_to_begin_with_stands_for_the_autoencoder_too(tmp_path: Path) -> None:
     start, out = tmp_path / "start", tmp_path / "out"
     start.mkdir()

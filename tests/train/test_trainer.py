@@ -252,10 +252,10 @@ def test_a_shard_that_goes_while_it_is_read(
     save_file(tensors(), tmp_path / "shard-001.safetensors", meta)
     gone, there = "shard-000.safetensors", "shard-001.safetensors"
     listings = iter([(gone, there), (there,)])  # the first was made a moment too early
-    monkeypatch.setattr("train.cache.shard_names", lambda _: next(listings))
+    monkeypatch.setattr("train.cache.shard_names", lambda *_: next(listings))
     cache = reload_cache(tmp_path, vae, torch.device("cpu"), wait_s=0.0)
     assert cache.shards == (there,) and cache.z_0.shape[0] == 10
-    monkeypatch.setattr("train.cache.shard_names", lambda _: (gone, there))
+    monkeypatch.setattr("train.cache.shard_names", lambda *_: (gone, there))
     with pytest.raises(CheckpointError, match="go faster than they can be read"):
         reload_cache(tmp_path, vae, torch.device("cpu"), wait_s=0.0)
 

@@ -10,16 +10,21 @@
 # START, the folder of a checkpoint, stands for weights to begin with, and for the autoencoder, which is
 # then not trained:  python -m export checkpoint --out START  makes one of the bundle that ships.
 #
-# The cache is sets of VARIANTS variants of every object.  Training begins with one set.  While it
-# runs, more sets are made with new random numbers, and the newest KEEP_SETS are trained on: what is
-# seen too often is learned by heart.  KEEP_SETS=1 makes no more.  A set of 16 variants of 2 200
-# objects takes 18 GB of every GPU.  Making one shares the GPUs with the training, which goes at half
-# its speed meanwhile: SET_PAUSE seconds lie between two.
+# The cache is sets of VARIANTS variants of every object: what is seen too often is learned by heart.
+# SETS_BEFORE sets are made before training begins.  While it runs, more are made with new random
+# numbers up to SETS in all, and the newest KEEP_SETS are trained on; KEEP_SETS=1, the default where
+# SETS_BEFORE is above 1, makes no more.  Making one beside the training takes longer, and the training
+# goes at half its speed meanwhile: SET_PAUSE seconds lie between two.
+# A set of 12 variants of 2 200 objects takes 14 GB, shared out among the GPUs (--split-cache).
+#
+# Where NVIDIA's Multi-Process Service runs (nvidia-cuda-mps-control -d), the processes that make a set
+# use a GPU at the same time instead of in turns, and need a third less time.
 set -euo pipefail
 objects=$1 out=$2
 shift 2
 gpus=${GPUS:-1} variants=${VARIANTS:-16} shards_per_gpu=${SHARDS_PER_GPU:-5} cache=${CACHE:-$out/cache}
-keep_sets=${KEEP_SETS:-2} pause=${SET_PAUSE:-180} sets=${SETS:-1000} first=${FIRST_SET:-0}
+before=${SETS_BEFORE:-1} pause=${SET_PAUSE:-180} sets=${SETS:-1000} first=${FIRST_SET:-0}
+keep_sets=${KEEP_SETS:-$((before > 1 ? 1 : 2))}
 vae=${START:-$out/vae}
 mkdir -p "$out" "$cache"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -56,12 +61,17 @@ more_sets() {
     sleep "$pause"
     seed=$((seed + 1))
     make_set "$seed" 10
-    [ "$((seed - keep_sets))" -ge "$first" ] && rm -f "$cache/shard-$(printf '%04d' $((seed - keep_sets)))"-*.safetensors
+    for old in $(seq "$first" "$((seed - keep_sets))"); do
+      rm -f "$cache/shard-$(printf '%04d' "$old")"-*.safetensors
+    done
   done
 }
 
 newest=$(newest_set)
-[ -n "$newest" ] || { make_set "$first" 0; newest=$first; }
+while [ -z "$newest" ] || [ "$((newest + 1 - first))" -lt "$before" ]; do
+  newest=$((${newest:-$((first - 1))} + 1))
+  make_set "$newest" 0
+done
 if [ "$keep_sets" -gt 1 ]; then
   set -m # a group of its own, so that all of it can be stopped
   more_sets "$newest" &
@@ -73,5 +83,5 @@ begin=()
 [ -z "${START:-}" ] || begin=(--start-from "$START")
 [ ! -e "$out/edge/checkpoint/state.json" ] || begin=(--resume)
 python3 -m torch.distributed.run --nproc_per_node="$gpus" -m train model --vae "$vae" --cache "$cache" \
-  --growing-cache --objects "$objects" --out "$out/edge" --batch 128 --compile unet --cuda-graphs \
+  --growing-cache --split-cache --objects "$objects" --out "$out/edge" --batch 128 --compile unet --cuda-graphs \
   "${begin[@]:+${begin[@]}}" "$@"
