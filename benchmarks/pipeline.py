@@ -28,7 +28,8 @@ import click
 from uc3d_rt.errors import Uc3dError
 from uc3d_rt.gpu_memory import ProcessMemory
 from uc3d_rt.ladder import LADDER, OFF
-from uc3d_rt.pipeline import STAGES, Pipeline
+from uc3d_rt.pipeline import Pipeline
+from uc3d_rt.stage_clock import STAGES
 
 
 @click.command(help=__doc__.split("\n")[0])

@@ -101,6 +101,8 @@ def main(
     profile: str, batch: int | None, steps: int, part: str | None, cuda_graphs: bool, channels_last: bool,
     bf16_gradients: bool, kernels: int, processes: str | None, out: Path | None,
 ) -> None:  # fmt: skip
+    if cuda_graphs and (part != "unet" or not torch.cuda.is_available()):
+        raise click.UsageError("--cuda-graphs is for CUDA devices, with --compile unet")
     if processes is not None:
         given = {"--profile": profile, "--batch": batch, "--steps": steps, "--compile": part}
         arguments = [str(word) for name, v in given.items() if v is not None for word in (name, v)]

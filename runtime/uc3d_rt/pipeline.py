@@ -10,7 +10,6 @@ same machine give the same mesh.
 from __future__ import annotations
 
 import math
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +30,7 @@ from uc3d_rt.gpu_memory import ProcessMemory
 from uc3d_rt.ladder import LowMemory, lower_rungs
 from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
 from uc3d_rt.sampler import ddim_steps
+from uc3d_rt.stage_clock import Progress, StageClock
 from uc3d_rt.views import decode_views
 
 if TYPE_CHECKING:
@@ -43,12 +43,8 @@ if TYPE_CHECKING:
     from uc3d_rt.neus.fit_plan import FitOptions
 
 FloatArray = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
-"""Told `(stage, done, total)`; stages are those of `STAGES`, in order."""
 
 Held = TypeVar("Held", bound=Resource)
-
-STAGES: tuple[str, ...] = ("preprocess", "encode", "diffuse", "decode", "fit", "mesh")
 
 _DECODE_CHUNK = 4  # latents a call; bounds the decoder's memory
 
@@ -116,7 +112,7 @@ class Pipeline:
         self._backend = backend
         self._held: dict[str, Resource] | None = None
         self._gpu_memory = gpu_memory  # reads it; None on a CPU
-        self._clock = _Clock()  # of the run that goes on, or was the last
+        self._clock = StageClock()  # of the run that goes on, or was the last
 
     @classmethod
     def from_bundle(
@@ -260,7 +256,7 @@ class Pipeline:
             first_step_to=usual.first_step_to if first_step_to is None else first_step_to,
         )
         self._check_sampling(sampling, seed)
-        self._clock = clock = _Clock(on_progress, self._gpu_memory)
+        self._clock = clock = StageClock(on_progress, self._gpu_memory)
         with clock.stage("preprocess"):
             given = preprocess(image, self.manifest.shape.image_px, focal_mm)
         with self._memory_bound(self._network_mend):
@@ -294,7 +290,7 @@ class Pipeline:
 
         fit_options = fit_options or FitOptions(seed=seed)
         mesh_options = mesh_options or MeshOptions()
-        self._clock = clock = _Clock(on_progress, self._gpu_memory)
+        self._clock = clock = StageClock(on_progress, self._gpu_memory)
         device: CudaDevice | None = None
         fitted = False
 
@@ -499,38 +495,3 @@ def default_bundle() -> Path:
     here = Path(__file__).resolve()
     installed = here.parent / "bundles" / "edge"
     return installed if installed.is_dir() else here.parents[2] / "engines" / "edge"
-
-
-class _Clock:
-    """Times stages, reads the GPU's memory in them, and passes progress on."""
-
-    def __init__(self, on_progress: Progress | None = None, gpu_memory: ProcessMemory | None = None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.gpu_mib: dict[str, int] = {}
-        self._stage = ""
-        self._on_progress = on_progress or (lambda stage, done, total: None)
-        self._gpu_memory = gpu_memory
-
-    def read_memory(self) -> None:
-        """Note what is in use now, if it is the stage's most so far."""
-        mib = None if self._gpu_memory is None else self._gpu_memory.mib()
-        if mib is not None:
-            self.gpu_mib[self._stage] = max(self.gpu_mib.get(self._stage, 0), mib)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """Time a stage; gives the function to tell `(done, total)`."""
-        started = time.perf_counter()
-        self._stage, told = name, False
-
-        def tick(done: int, total: int) -> None:
-            nonlocal told
-            told = True
-            self._on_progress(name, done, total)
-
-        self._on_progress(name, 0, 1)
-        yield tick
-        if not told:
-            self._on_progress(name, 1, 1)
-        self.read_memory()
-        self.seconds[name] = time.perf_counter() - started

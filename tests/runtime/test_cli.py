@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.conftest import FAST_OPTIONS as FAST
 from tests.conftest import CliRun
-from uc3d_rt import errors, pipeline
+from uc3d_rt import errors, pipeline, stage_clock
 from uc3d_rt.cli import StageBars, command
 
 Run = Callable[..., tuple[int, str, str]]
@@ -41,7 +41,7 @@ def test_the_main_job(glb_run: Callable[[str], CliRun]) -> None:
     mesh.merge_vertices(merge_tex=True, merge_norm=True)  # seams of the atlas
     assert mesh.is_watertight and mesh.volume > 0
     lines = run.stderr.strip().splitlines()
-    assert all(stage in lines[-2] for stage in pipeline.STAGES) and "total" in lines[-2]
+    assert all(stage in lines[-2] for stage in stage_clock.STAGES) and "total" in lines[-2]
     assert lines[-1].startswith("wrote ")
 
 

@@ -16,7 +16,8 @@ from uc3d_rt import gpu_memory, pipeline
 from uc3d_rt.cli import closing_lines
 from uc3d_rt.gpu_memory import ProcessMemory
 from uc3d_rt.neus.fit_plan import FitOptions
-from uc3d_rt.pipeline import STAGES, Pipeline
+from uc3d_rt.pipeline import Pipeline
+from uc3d_rt.stage_clock import STAGES
 
 FAST = FitOptions(resolution=32, iterations=(4, 4), blurred_iterations=(4, 4))
 MIB = 2**20

@@ -16,7 +16,8 @@ from uc3d_rt.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeNetwork
 from uc3d_rt.contract import FOCAL_UNKNOWN, Manifest, load_manifest
 from uc3d_rt.errors import FitError, UsageError
 from uc3d_rt.neus.fit_plan import FitOptions
-from uc3d_rt.pipeline import STAGES, Pipeline, Result, Views, default_bundle
+from uc3d_rt.pipeline import Pipeline, Result, Views, default_bundle
+from uc3d_rt.stage_clock import STAGES
 
 FAST = FitOptions(resolution=32, iterations=(4, 4), blurred_iterations=(4, 4))
 
