@@ -15,6 +15,7 @@ from export.__main__ import cli
 from export.networks import example_tensors, load_networks
 from export.onnx_bundle import ParityError, export_bundle, parity_error, run_onnx
 from export.typed_graph import cpu_session
+from train.merge import merge_checkpoints
 from train.presets import TOY
 from uc3d_rt.contract import NETWORK_NAMES, SamplingDefaults, load_manifest, network_specs, sha256_of
 
@@ -121,6 +122,18 @@ def test_replacing_a_bundle(checkpoint: Path, ready_made: None, tmp_path: Path) 
     export_bundle(checkpoint, out, training={"data": "second"})
     assert load_manifest(out).training["data"] == "second"
     assert not (out / "built").exists() and [path.name for path in tmp_path.iterdir()] == ["toy"]
+
+
+def test_a_merged_checkpoint_is_told_in_the_manifest(
+    checkpoint: Path, ready_made: None, tmp_path: Path
+) -> None:
+    merged, out = tmp_path / "merged", tmp_path / "toy"
+    merge_checkpoints([checkpoint, checkpoint], merged)
+    export_bundle(merged, out, training={})
+    training = load_manifest(out).training
+    assert training["merged_steps"] == [7, 7] and training["steps"] == 7
+    export_bundle(checkpoint, out, training={})
+    assert "merged_steps" not in load_manifest(out).training
 
 
 def test_a_failed_replacement_leaves_the_old_bundle(
