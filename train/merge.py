@@ -1,8 +1,8 @@
 """One checkpoint out of several of a run: the mean of their averaged weights.
 
-What the last steps at a small learning rate gain on the variants they see, and lose on things never seen,
-a mean over a longer stretch of the run keeps apart (Izmailov et al., "Averaging Weights Leads to Wider
-Optima and Better Generalization", UAI 2018).  It costs nothing and needs no further training.
+Weights along a run differ in what they have learned by heart, and their mean can do better on things never
+seen than the last of them (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
+Generalization", UAI 2018).  Whether it does has to be measured.
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ from train.checkpoint import (
     load_vae,
     load_weights,
     preset_of,
-    read_tensors,
     save_checkpoint,
 )
 from train.model import MultiviewModel
-
-_MEND = "give folders of checkpoints"
 
 
 def merge_checkpoints(folders: Sequence[Path], out: Path) -> list[int]:
@@ -59,8 +56,8 @@ def merge_checkpoints(folders: Sequence[Path], out: Path) -> list[int]:
     model = MultiviewModel(presets[-1])
     mean: dict[str, Tensor] = {}
     for folder in folders:
-        load_weights(model, folder / "ema.safetensors", _MEND)  # refuses other shapes
-        for name, value in read_tensors(folder / "ema.safetensors", _MEND).items():
+        load_weights(model, folder / "ema.safetensors", "give folders of checkpoints")
+        for name, value in model.state_dict().items():
             part = value.double() / len(folders)
             mean[name] = mean[name] + part if name in mean else part
     weights = {name: value.to(model.state_dict()[name].dtype) for name, value in mean.items()}

@@ -39,7 +39,7 @@ from train.presets import PRESETS, with_train
     "--split-cache",
     is_flag=True,
     help="Every process holds shards of its own, not all: room for more variants. "
-    "Sets of them need a multiple of as many shards.",
+    "Make a multiple of as many shards as there are processes.",
 )
 @click.option(
     "--objects", type=FOLDER, help="The same folder; draws sample sheets of the objects kept aside."

@@ -14,13 +14,12 @@ from numba import njit
 from benchmarks import roofline
 from benchmarks.fit_work import (
     Counted,
-    RayCounts,
     Work,
-    count_rays,
     each_array_once,
     sectors,
     with_neighbours,
 )
+from benchmarks.ray_counts import RayCounts, count_rays
 from tests.conftest import ellipsoid_views
 from tests.runtime.host_device import SOURCES, HostDevice, compiler, stage_of, uploaded_pixels
 from uc3d_rt.device import Scope, uploaded
