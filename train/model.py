@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from train.image_encoder import ImageEncoder
+from train.input_augment import augmented_pictures
 from train.losses import (
     diffusion_loss,
     mutual_information_loss,
@@ -61,7 +62,8 @@ class MultiviewModel(nn.Module):
     def forward(
         self, batch: Batch, vae: nn.Module, generator: torch.Generator, probe: nn.Module | None = None
     ) -> dict[str, Tensor]:
-        """Losses of one batch (Eq. 18); `vae` is frozen and only decodes x^_0 for L_MI.
+        """Losses of one batch (Eq. 18); `vae` is frozen: it decodes x^_0 for L_MI, and encodes input
+        pictures that are changed as they are drawn (`TrainSpec.input_augment`).
 
         The first objects, the group, share one timestep and one noise (the negatives of Eq. 16);
         `var_objects` of them get further draws, whose noise they share too (Eq. 10).  The others
@@ -96,9 +98,14 @@ class MultiviewModel(nn.Module):
             extra = torch.randn((draws - 1, 1, *batch.z_0.shape[1:]), device=device, generator=generator)
             eps = torch.cat([eps, extra.expand(-1, drawn, *extra.shape[2:]).flatten(0, 1)])
 
+        image, image_latent = batch.image, batch.image_latent
+        if spec.input_augment > 0:
+            image = augmented_pictures(image, generator, spec.input_augment)
+            with torch.no_grad():
+                image_latent = vae.encode(image).to(image_latent.dtype)
         keep = (~drop).to(batch.z_0.dtype)
-        tokens = self.encoder(batch.image) * keep[:, None, None]
-        image_latent = batch.image_latent * keep[:, None, None, None]
+        tokens = self.encoder(image) * keep[:, None, None]
+        image_latent = image_latent * keep[:, None, None, None]
         z_0, t, focal = batch.z_0[rows], t[rows], focal[rows]
         alpha_bar = self.alpha_bar[t]
         z_t = noisy_latent(z_0, eps, alpha_bar)

@@ -61,6 +61,16 @@ from train.presets import PRESETS, with_train
     type=click.FloatRange(0, 1),
     help="Share of the draws at t = T - 1; default: the profile's.",
 )
+@click.option(
+    "--input-augment",
+    type=click.FloatRange(0, 1),
+    help="Share of the input pictures changed a little as they are drawn; default: the profile's.",
+)
+@click.option(
+    "--weight-decay",
+    type=click.FloatRange(0),
+    help="Decoupled, times the learning rate; default: the profile's.",
+)
 @click.option("--lambda-outline", type=float, help="Weight of the loss on silhouettes at t = T - 1.")
 @click.option("--lambda-normal", type=float, help="Weight of the loss on decoded normals at t = T - 1.")
 @seed_option
@@ -101,7 +111,7 @@ def model(
     split_cache: bool, objects: Path | None, out: Path | None, steps: int | None, minutes: float | None,
     batch: int | None, lr: float | None, lambda_var: float | None, lambda_mi: float | None,
     relative_power: float | None, last_share: float | None, lambda_outline: float | None,
-    lambda_normal: float | None, seed: int,
+    lambda_normal: float | None, input_augment: float | None, weight_decay: float | None, seed: int,
     save_every: int, sheet_every: int, compile_: str | None, cuda_graphs: bool, bf16_gradients: bool,
     growing_cache: bool, gradient_checkpointing: bool | None, resume: bool, start_from: Path | None,
     shard: bool, dry_run: bool, processes: int | None, step_seconds: float | None,
@@ -147,6 +157,7 @@ def model(
         losses = replace(losses, **{name: value for name, value in chosen.items() if value is not None})
         preset = with_train(
             PRESETS[profile], batch=batch, steps=steps, lr=lr, last_share=last_share, losses=losses,
+            input_augment=input_augment, weight_decay=weight_decay,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         if dry_run:

@@ -157,6 +157,7 @@ class TrainSpec:
     grad_clip: float = 1.0
     timestep_bias: float = 1.0  # density of t: t^(bias - 1); 1 = uniform (Eq. 9), 2 = half of all above 0.7 T
     last_share: float = 0.0  # probability of t = T - 1, where only the picture tells anything
+    input_augment: float = 0.0  # share of the input pictures changed as drawn (train/input_augment.py)
     losses: LossWeights = field(default_factory=LossWeights)
     gradient_checkpointing: bool = False  # recompute the UNet's blocks: less memory, a third more time
 
@@ -172,6 +173,8 @@ class TrainSpec:
             raise ValueError(f"timestep_bias must be above 0, got {self.timestep_bias}")
         if not 0 <= self.last_share <= 1:
             raise ValueError(f"last_share must be between 0 and 1, got {self.last_share}")
+        if not 0 <= self.input_augment <= 1:
+            raise ValueError(f"input_augment must be between 0 and 1, got {self.input_augment}")
         if self.drop_image > 0 and self.batch <= self.losses.group:
             raise ValueError(
                 f"batch={self.batch} leaves no object to train the unconditional branch on: "
