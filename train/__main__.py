@@ -90,7 +90,7 @@ def vae(
             share, device_name(state), 1, 2, seed + 1, workers, image_px=preset.vae.image_px
         )
         for _, _, item in stream:
-            pictures += [item.color, item.normal, torch.from_numpy(item.inputs).to(state.device)]
+            pictures += [item.color, item.normal, item.inputs]
     images = torch.cat(pictures)
     state.print(f"vae: {images.shape[0]} images on each of {state.num_processes} devices")
     with plain_errors(FloatingPointError, OSError):

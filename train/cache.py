@@ -164,16 +164,16 @@ def build_shard(
     focal = torch.empty(count, inputs)
     stream = render_folder(objects, device, variants, inputs, seed, workers, image_px=px)
     for together in _chunks(tqdm(stream, total=count, desc=out.stem, mininterval=5, disable=None)):
-        pictures = [
-            torch.cat([item.color, item.normal, torch.from_numpy(item.inputs).to(device)])
-            for _, _, item in together
-        ]
+        pictures = [torch.cat([item.color, item.normal, item.inputs]) for _, _, item in together]
         # One call for many variants: a network as small is bound by its launches.
         latents = encode_bytes(vae, torch.cat(pictures)).to("cpu", torch.float16)
-        for (index, variant, item), own in zip(together, latents.split(12 + inputs), strict=True):
+        shown = torch.stack([item.inputs for _, _, item in together]).cpu()
+        for (index, variant, item), own, views in zip(
+            together, latents.split(12 + inputs), shown, strict=True
+        ):
             row = index * variants + variant
             z_0[row] = torch.cat([own[:6], own[6:12]], dim=1)
-            image[row], image_latent[row] = torch.from_numpy(item.inputs), own[12:]
+            image[row], image_latent[row] = views, own[12:]
             focal[row] = torch.from_numpy(item.focal)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from train.augment import (
     Variation,
@@ -30,11 +31,10 @@ from train.augment import (
 )
 from train.framing import framed
 from train.objects import Object, load_object
-from train.render import TARGET_LIGHT, ImageTensors, Scene, View
+from train.render import TARGET_LIGHT, ImageTensors, Scene, View, joined_images
 from train.subjects import other_of, subject
 from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS
 
-ByteArray = NDArray[np.uint8]
 FloatArray = NDArray[np.float32]
 
 IMAGE_PX = 256
@@ -57,9 +57,9 @@ MAX_ATTEMPTS = 8
 class Variant:
     """One training sample."""
 
-    color: torch.Tensor  # (6, P, P, 3) uint8, on the render device
-    normal: torch.Tensor  # (6, P, P, 3) uint8, on the render device
-    inputs: ByteArray  # (M, P, P, 3), framed as the runtime frames a picture
+    color: Tensor  # (6, P, P, 3) uint8, on the render device
+    normal: Tensor  # (6, P, P, 3) uint8, on the render device
+    inputs: Tensor  # (M, P, P, 3) uint8, there too; framed as the runtime frames a picture
     focal: FloatArray  # (M,) f~; 0 is orthographic
     elevation_deg: FloatArray  # (M,)
 
@@ -101,11 +101,11 @@ def render_variant(
     """
     for _attempt in range(MAX_ATTEMPTS):
         plan = _plan_variant(scene.object, rng, num_inputs, augment)
-        inputs = _render_inputs(scene, plan.inputs, image_px, samples)
-        if not all(inputs.seen):
+        pictures, seen = _framed([_inputs_of(scene, plan.inputs, image_px, samples)], image_px)
+        if not all(seen):
             continue
         targets = scene.render_torch(plan.targets, image_px, samples)
-        return _variant(targets, inputs, plan)
+        return _variant(targets.color, targets.normal, pictures, plan)
     raise ValueError(
         f"{scene.object.name} shows nothing in {MAX_ATTEMPTS} draws of its input views; "
         "it is too thin, remove it"
@@ -156,9 +156,8 @@ def render_folder(
                 if index < ahead - 1 or not reading:
                     continue
                 done = index - ahead + 1
-                rendered: dict[int, Variant] = {}
-                for group in reading.popleft().result():
-                    rendered |= _render_group(group, device, seed, inputs, augment, image_px, samples)
+                groups = reading.popleft().result()
+                rendered = _render_groups(groups, device, seed, inputs, augment, image_px, samples)
                 for number in range(variants):
                     yield done, number, rendered[number]
                 if on_progress is not None:
@@ -220,52 +219,66 @@ def _read_groups(
     return [_Group(obj, tuple(alone)), *groups] if alone else groups
 
 
-@dataclass(frozen=True, eq=False)
-class _Inputs:
-    """M input views, framed, on the host."""
-
-    pictures: ByteArray  # (M, P, P, 3)
-    seen: list[bool]  # whether a view shows anything
-
-    def part(self, rows: slice) -> _Inputs:
-        return _Inputs(self.pictures[rows], self.seen[rows])
-
-
-def _render_inputs(scene: Scene, views: Sequence[View], image_px: int, samples: int) -> _Inputs:
+def _inputs_of(scene: Scene, views: Sequence[View], image_px: int, samples: int) -> ImageTensors | None:
+    """Input views as rendered, larger than the square they are to be framed into; None of none."""
     if not views:
-        return _Inputs(np.zeros((0, image_px, image_px, 3), np.uint8), [])
-    images = scene.render_torch(views, round(image_px * INPUT_OVERSAMPLE), samples, straight_alpha=True)
-    pictures, seen = framed(images, image_px)
-    return _Inputs(pictures.cpu().numpy(), seen)
+        return None
+    return scene.render_torch(views, round(image_px * INPUT_OVERSAMPLE), samples, straight_alpha=True)
 
 
-def _render_group(
-    group: _Group, device: str, seed: int, num_inputs: int, augment: bool, image_px: int, samples: int
+def _framed(rendered: Sequence[ImageTensors | None], image_px: int) -> tuple[Tensor, list[bool]]:
+    """All of `_inputs_of` as pictures (N, P, P, 3), and of each whether it shows anything."""
+    images = [some for some in rendered if some is not None]
+    if not images:
+        return torch.empty((0, image_px, image_px, 3), dtype=torch.uint8), []
+    return framed(joined_images(images), image_px)
+
+
+def _render_groups(
+    groups: Sequence[_Group],
+    device: str,
+    seed: int,
+    num_inputs: int,
+    augment: bool,
+    image_px: int,
+    samples: int,
 ) -> dict[int, Variant]:
-    """The group's variants by their number."""
-    rendered: dict[int, Variant] = {}
-    with Scene(group.object, device) as scene:
-        targets = scene.render_torch([v for _, plan in group.plans for v in plan.targets], image_px, samples)
-        inputs = _render_inputs(scene, [v for _, plan in group.plans for v in plan.inputs], image_px, samples)
-        for k, (number, plan) in enumerate(group.plans):
-            own = inputs.part(slice(k * num_inputs, (k + 1) * num_inputs))
-            if all(own.seen):
-                six = slice(k * NUM_VIEWS, (k + 1) * NUM_VIEWS)
-                shown = ImageTensors(targets.color[six], targets.normal[six], targets.alpha[six])
-                rendered[number] = _variant(shown, own, plan)
-            else:  # draw again, from numbers of its own
-                rng = variant_rng(seed, group.object.name, number, attempt=1)
+    """The variants of one object's groups by their number.
+
+    All are rendered before the first is looked at, and framed as one: a GPU is waited for once.
+    """
+    plans = [plan for group in groups for plan in group.plans]
+    targets, inputs = [], []
+    for group in groups:
+        with Scene(group.object, device) as scene:
+            shown = [view for _, plan in group.plans for view in plan.targets]
+            targets.append(scene.render_torch(shown, image_px, samples))
+            shown = [view for _, plan in group.plans for view in plan.inputs]
+            inputs.append(_inputs_of(scene, shown, image_px, samples))
+    together = joined_images(targets)
+    pictures, seen = _framed(inputs, image_px)
+    rendered, unseen = dict[int, Variant](), set[int]()
+    for k, (number, plan) in enumerate(plans):
+        own, six = slice(k * num_inputs, (k + 1) * num_inputs), slice(k * NUM_VIEWS, (k + 1) * NUM_VIEWS)
+        if all(seen[own]):
+            rendered[number] = _variant(together.color[six], together.normal[six], pictures[own], plan)
+        else:
+            unseen.add(number)
+    for group in groups:  # draw those again, from numbers of their own
+        for number in unseen & {number for number, _ in group.plans}:
+            rng = variant_rng(seed, group.object.name, number, attempt=1)
+            with Scene(group.object, device) as scene:
                 rendered[number] = render_variant(
                     scene, rng, num_inputs, augment, image_px=image_px, samples=samples
                 )
     return rendered
 
 
-def _variant(targets: ImageTensors, inputs: _Inputs, plan: _Plan) -> Variant:
+def _variant(color: Tensor, normal: Tensor, inputs: Tensor, plan: _Plan) -> Variant:
     return Variant(
-        color=targets.color,
-        normal=targets.normal,
-        inputs=inputs.pictures,
+        color=color,
+        normal=normal,
+        inputs=inputs,
         focal=np.array([view.camera.normalized_focal for view in plan.inputs], np.float32),
         elevation_deg=np.array([view.camera.elevation_deg for view in plan.inputs], np.float32),
     )

@@ -93,6 +93,17 @@ class ImageTensors:
         return Images(self.color.cpu().numpy(), self.normal.cpu().numpy(), self.alpha.cpu().numpy())
 
 
+def joined_images(parts: Sequence[ImageTensors]) -> ImageTensors:
+    """All images of one size and device, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    return ImageTensors(
+        torch.cat([part.color for part in parts]),
+        torch.cat([part.normal for part in parts]),
+        torch.cat([part.alpha for part in parts]),
+    )
+
+
 @wp.struct
 class RayView:
     """A view as the kernel wants it: rays in the object's frame, linear in u and v in [-1, 1]."""
@@ -126,6 +137,9 @@ class Surface:
     repeat_v: wp.int32
     nearest: wp.int32
 
+
+# Made once: a call of `numpy_dtype` costs as much as a launch.
+_RAY_VIEW, _SURFACE = RayView.numpy_dtype(), Surface.numpy_dtype()
 
 MAX_CUTOUTS = wp.constant(16)
 """Cut-out layers a ray passes before it counts as a miss."""
@@ -335,10 +349,7 @@ class Scene:
         colors = np.zeros((0, 0, 3), np.float32)
         if obj.vertex_color is not None:
             colors = _DECODE[obj.vertex_color[faces]]
-        texture = np.full((1, 1, 4), 255, np.uint8)
-        if obj.texture is not None:
-            texture = np.full((*obj.texture.shape[:2], 4), 255, np.uint8)
-            texture[..., : obj.texture.shape[2]] = obj.texture
+        texture = _with_alpha(obj.texture)
         self._radius = float(np.linalg.norm(obj.vertices, axis=1).max()) * 1.001
         with self._stream():
             self._mesh = wp.Mesh(
@@ -454,7 +465,7 @@ def _ray_views(views: Sequence[View]) -> NDArray[Any]:
     middle = in_object(window[:, :1] * right + window[:, 1:2] * up)  # of the window, from the origin
     du, dv = in_object(window[:, 2:] * right), in_object(window[:, 2:] * up)
     lights = np.array([(*v.light.direction, *v.light.tint) for v in views], np.float64)
-    rows: Any = np.zeros(len(views), dtype=RayView.numpy_dtype())
+    rows: Any = np.zeros(len(views), dtype=_RAY_VIEW)
     rows["origin"] = np.where(perspective, eye, eye + middle)
     rows["origin_du"], rows["origin_dv"] = np.where(perspective, 0.0, du), np.where(perspective, 0.0, dv)
     rows["direction"] = np.where(perspective, forward + middle, forward)
@@ -477,8 +488,18 @@ def _axes(camera: Camera) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(axis.tolist()) for axis in camera_axes(camera))
 
 
+def _with_alpha(texture: ByteArray | None) -> ByteArray:
+    """A texture (h, w, 3 or 4) with the fourth channel, opaque where it has none; a white one of none."""
+    if texture is not None and texture.shape[2] == 4:
+        return texture
+    whole = np.full((1, 1, 4) if texture is None else (*texture.shape[:2], 4), 255, np.uint8)
+    if texture is not None:
+        whole[..., :3] = texture
+    return whole
+
+
 def _surfaces(obj: Object) -> NDArray[Any]:
-    rows: Any = np.zeros(len(obj.materials), dtype=Surface.numpy_dtype())
+    rows: Any = np.zeros(len(obj.materials), dtype=_SURFACE)
     for row, material in zip(rows, obj.materials, strict=True):
         row["factor"] = material.factor
         row["alpha_cutoff"] = material.alpha_cutoff
