@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -269,9 +271,22 @@ _evaluator: Evaluator | None = None
 """This process's own: a pool's tasks reach it by no other way."""
 
 
+def end_with_parent() -> None:
+    """Let this process of a pool end when its parent does, which cannot end it any more if it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _start_worker(options: EvaluateOptions, index: TrainIndex | None, threads: int) -> None:
     import numba
 
+    end_with_parent()
     global _evaluator
     numba.set_num_threads(min(threads, numba.get_num_threads()))
     _evaluator = Evaluator(options, index, threads).__enter__()

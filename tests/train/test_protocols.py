@@ -4,6 +4,9 @@ import csv
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from html.parser import HTMLParser
@@ -357,3 +360,52 @@ def test_a_worker_that_dies_is_told(tmp_path: Path, tiny_bundle: Path, objects: 
         _workers(options, None) as run_all,
     ):
         list(run_all(os._exit, [1]))
+
+
+KILLED_PARENT = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from train.evaluate import end_with_parent
+
+def work(folder):
+    (Path(folder) / f"{os.getpid()}.pid").touch()
+    time.sleep(120)
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    for _ in range(2):
+        pool.submit(work, sys.argv[1])
+    time.sleep(120)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(KILLED_PARENT)
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)])
+    try:
+        workers = within(
+            60, lambda: [int(path.stem) for path in tmp_path.glob("*.pid")], lambda w: len(w) == 2
+        )
+        assert all(alive(worker) for worker in workers)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert within(10, lambda: [w for w in workers if alive(w)], lambda left: not left) == []
+
+
+def within(seconds: float, look: Callable[[], list[int]], done: Callable[[list[int]], bool]) -> list[int]:
+    """What `look` gives once `done` with it, or at the end of that time."""
+    end = time.monotonic() + seconds
+    while not done(found := look()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # one that has ended and is not waited for

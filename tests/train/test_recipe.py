@@ -25,7 +25,10 @@ done
 mkdir -p "$out"
 case $verb in
   vae) touch "$out/vae.safetensors" ;;
-  cache) sleep 0.05; touch "$(printf '%s/shard-%03d.safetensors' "$out" "$shard")" ;;
+  cache)
+    sleep 0.05
+    echo "$given" >> "${MADE:-/dev/null}"
+    touch "$(printf '%s/shard-%03d.safetensors' "$out" "$shard")" ;;
   model)
     echo "$given" > "$out/given"
     ls "$cache" > "$out/seen-at-first"
@@ -71,8 +74,14 @@ def test_sets_made_before_training_are_all_trained_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "cache").mkdir(parents=True)
     (out / "cache/shard-0004-000.safetensors").touch()  # a stopped run goes on where it was
-    made = run(tmp_path, FIRST_SET="4", SETS_BEFORE="3", WAIT_FOR="0006", LINGER="0.5")
+    told = tmp_path / "made"
+    made = run(
+        tmp_path, FIRST_SET="4", SETS_BEFORE="3", WAIT_FOR="0006", LINGER="0.5",
+        VARIANTS="9", INPUTS="1", MADE=str(told),
+    )  # fmt: skip
     assert made.returncode == 0, made.stderr
+    lines = told.read_text().splitlines()
+    assert len(lines) == 2 * 2 and all("--variants 9 --inputs 1 " in line for line in lines)
     seen = (out / "edge/seen-at-first").read_text()
     assert seen == (out / "edge/seen-at-last").read_text()
     assert {name.split("-")[1] for name in seen.split()} == {"0004", "0005", "0006"}
