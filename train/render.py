@@ -138,7 +138,7 @@ class Surface:
     nearest: wp.int32
 
 
-# Made once: a call of `numpy_dtype` costs as much as a launch.
+# Made once, not for every launch.
 _RAY_VIEW, _SURFACE = RayView.numpy_dtype(), Surface.numpy_dtype()
 
 MAX_CUTOUTS = wp.constant(16)
