@@ -31,7 +31,7 @@ from train.augment import (
 )
 from train.framing import framed
 from train.objects import Object, load_object
-from train.render import TARGET_LIGHT, ImageTensors, Scene, View, joined_images
+from train.render import TARGET_LIGHT, ImageTensors, Scene, View
 from train.subjects import other_of, subject
 from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS
 
@@ -231,7 +231,12 @@ def _framed(rendered: Sequence[ImageTensors | None], image_px: int) -> tuple[Ten
     images = [some for some in rendered if some is not None]
     if not images:
         return torch.empty((0, image_px, image_px, 3), dtype=torch.uint8), []
-    return framed(joined_images(images), image_px)
+    together = ImageTensors(
+        torch.cat([some.color for some in images]),
+        torch.cat([some.normal for some in images]),
+        torch.cat([some.alpha for some in images]),
+    )
+    return framed(together, image_px)
 
 
 def _render_groups(
@@ -255,13 +260,13 @@ def _render_groups(
             targets.append(scene.render_torch(shown, image_px, samples))
             shown = [view for _, plan in group.plans for view in plan.inputs]
             inputs.append(_inputs_of(scene, shown, image_px, samples))
-    together = joined_images(targets)
+    color, normal = torch.cat([shot.color for shot in targets]), torch.cat([shot.normal for shot in targets])
     pictures, seen = _framed(inputs, image_px)
     rendered, unseen = dict[int, Variant](), set[int]()
     for k, (number, plan) in enumerate(plans):
         own, six = slice(k * num_inputs, (k + 1) * num_inputs), slice(k * NUM_VIEWS, (k + 1) * NUM_VIEWS)
         if all(seen[own]):
-            rendered[number] = _variant(together.color[six], together.normal[six], pictures[own], plan)
+            rendered[number] = _variant(color[six], normal[six], pictures[own], plan)
         else:
             unseen.add(number)
     for group in groups:  # draw those again, from numbers of their own

@@ -93,17 +93,6 @@ class ImageTensors:
         return Images(self.color.cpu().numpy(), self.normal.cpu().numpy(), self.alpha.cpu().numpy())
 
 
-def joined_images(parts: Sequence[ImageTensors]) -> ImageTensors:
-    """All images of one size and device, in order."""
-    if len(parts) == 1:
-        return parts[0]
-    return ImageTensors(
-        torch.cat([part.color for part in parts]),
-        torch.cat([part.normal for part in parts]),
-        torch.cat([part.alpha for part in parts]),
-    )
-
-
 @wp.struct
 class RayView:
     """A view as the kernel wants it: rays in the object's frame, linear in u and v in [-1, 1]."""
