@@ -75,11 +75,14 @@ def cli() -> None:
     "--first-step-to", type=click.FloatRange(0, 1, min_open=True),
     help="Share of T that the first step reaches, to record.",
 )  # fmt: skip
+@click.option(
+    "--mirror/--no-mirror", default=None, help="Default of averaging with the mirror image, to record."
+)
 @click.option("--data", default="", help="Training data and licences, recorded in the manifest.")
 def onnx(
     checkpoint: Path, profile: str | None, out: Path, weights: str, steps: int | None, guidance: float | None,
     guidance_interval: tuple[float, float] | None, guidance_rescale: float | None, noise_scale: float | None,
-    first_step_to: float | None, data: str,
+    first_step_to: float | None, mirror: bool | None, data: str,
 ) -> None:  # fmt: skip
     """Write the five networks as ONNX with a manifest, after checking them against torch."""
     from dataclasses import replace
@@ -90,6 +93,7 @@ def onnx(
     chosen = {
         "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval,
         "guidance_rescale": guidance_rescale, "noise_scale": noise_scale, "first_step_to": first_step_to,
+        "mirror": mirror,
     }  # fmt: skip
     try:
         preset = preset_of(checkpoint)

@@ -21,7 +21,7 @@ def describe(bundle: Path) -> Iterator[str]:
     yield f"bundle {bundle}: profile {manifest.profile}, {shape.image_px} px, {shape.views} views"
     yield (
         f"  {sampling.steps} steps, guidance {sampling.guidance:g} for t/T in {sampling.guidance_interval}, "
-        f"predicts {manifest.schedule.prediction}"
+        f"{'with' if sampling.mirror else 'without'} mirror image, predicts {manifest.schedule.prediction}"
     )
     for name, spec in network_specs(shape).items():
         entry = manifest.networks[name]

@@ -233,7 +233,7 @@ def _training_record(checkpoint: Path) -> dict[str, Any]:
     state = load_state(checkpoint)
     return {
         "steps": state["step"],
-        **({"merged_steps": state["merged_steps"]} if "merged_steps" in state else {}),
+        **{key: state[key] for key in ("merged_steps", "merged_seeds") if key in state},
         "batch": state["batch"],
         "seed": state["seed"],
         "losses": state["config"]["train"]["losses"],

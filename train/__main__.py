@@ -241,7 +241,7 @@ def gallery(
 @click.argument("checkpoints", type=FOLDER, nargs=-1, required=True)
 @click.option("--out", type=OUT, required=True, help="Folder of the new checkpoint.")
 def merge(checkpoints: tuple[Path, ...], out: Path) -> None:
-    """Average the weights of two or more CHECKPOINTS of one run, copied while it went on."""
+    """Average the weights of two or more CHECKPOINTS of one run, or of runs that go on from one another."""
     from train.checkpoint import CheckpointError
     from train.merge import merge_checkpoints
 

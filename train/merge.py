@@ -1,8 +1,8 @@
-"""One checkpoint out of several of a run: the mean of their averaged weights.
+"""One checkpoint out of several of a run, or of runs that go on from one another: the mean of their averages.
 
-Weights along a run differ in what they have learned by heart, and their mean can do better on things never
-seen than the last of them (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
-Generalization", UAI 2018).  Whether it does has to be measured.
+Such weights differ in what they have learned by heart, and their mean can do better on things never seen
+than the last of them (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+UAI 2018).  Whether it does has to be measured.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def merge_checkpoints(folders: Sequence[Path], out: Path) -> list[int]:
     for folder, preset, vae in zip(folders, presets, vaes, strict=True):
         if preset != presets[-1] or vae_fingerprint(vae) != vae_fingerprint(vaes[-1]):
             raise CheckpointError(
-                f"{folder} has another preset or autoencoder than {folders[-1]}; give checkpoints of one run"
+                f"{folder} has another preset or autoencoder than {folders[-1]}; "
+                "give checkpoints of one run, or of runs that go on from one another"
             )
     model = MultiviewModel(presets[-1])
     mean: dict[str, Tensor] = {}
@@ -63,7 +64,7 @@ def merge_checkpoints(folders: Sequence[Path], out: Path) -> list[int]:
     weights = {name: value.to(model.state_dict()[name].dtype) for name, value in mean.items()}
     model.load_state_dict(weights)
     steps = [int(state["step"]) for state in states]
-    record = {**states[-1], "merged_steps": steps}
+    record = {**states[-1], "merged_steps": steps, "merged_seeds": [int(state["seed"]) for state in states]}
     save_checkpoint(
         out, preset=presets[-1], model=model, ema=weights, vae=vaes[-1], optimizers=(), state=record
     )

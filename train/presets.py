@@ -242,7 +242,9 @@ EDGE = Preset(
     heads=HeadSpec(),
     # v-prediction and zero terminal SNR: eps at a tiny last alpha_bar multiplies every error.
     schedule=NoiseSchedule(zero_terminal_snr=True, prediction="v"),
-    sampling=SamplingDefaults(guidance_interval=(0.15, 0.2), noise_scale=0.5, first_step_to=0.2),
+    sampling=SamplingDefaults(
+        guidance_interval=(0.075, 0.1), noise_scale=0.5, first_step_to=0.1, mirror=True
+    ),
     # The layout is decided at t = T - 1, from the picture alone, and a first step far down keeps it:
     # most of the draws stand there. At less noise the views themselves tell their layout.
     train=TrainSpec(
@@ -254,8 +256,10 @@ EDGE = Preset(
         optimizer="muon",
         drop_image=0.05,  # guidance acts in no more than a step or two
         drop_focal=0.6,  # most people's pictures come without it
-        last_share=0.85,
-        losses=LossWeights(relative_power=1.0, lambda_outline=0.6, lambda_normal=0.25),
+        last_share=0.9,
+        weight_decay=0.03,
+        input_augment=0.75,
+        losses=LossWeights(relative_power=1.0, lambda_outline=0.6, lambda_normal=0.4),
     ),  # fmt: skip
 )
 

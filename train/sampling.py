@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,8 +13,11 @@ from torch import Tensor
 from train.model import MultiviewModel
 from train.vae import Vae
 from uc3d_rt.contract import SamplingDefaults
-from uc3d_rt.sampler import ddim
+from uc3d_rt.mirror import mirrored_latents
+from uc3d_rt.sampler import Denoiser, Step, alpha_bars, ddim_steps, renoised, run_steps
 from uc3d_rt.views import decode_views
+
+FloatArray = NDArray[np.float32]
 
 
 @torch.no_grad()
@@ -40,15 +46,49 @@ def sample_latents(
     model: MultiviewModel, vae: Vae, image: Tensor, focal: Tensor, sampling: SamplingDefaults, seed: int = 0
 ) -> Tensor:
     """The latents (6b, 8, h, w) of `sample_views`, views varying fastest."""
-    preset, device, b = model.preset, image.device, image.shape[0]
+    preset, b = model.preset, image.shape[0]
     v, c, side = preset.unet.views, preset.unet.latent_channels, preset.unet.latent_px
+    noise = np.random.default_rng(seed).standard_normal((v, 2 * c, side, side), dtype=np.float32)
+    z_T = np.tile(noise * np.float32(sampling.noise_scale), (b, 1, 1, 1))
+    planned = partial(
+        ddim_steps,
+        preset.schedule,
+        guidance=sampling.guidance,
+        guidance_interval=sampling.guidance_interval,
+    )
+    plan = planned(sampling.steps, first_step_to=sampling.first_step_to)
+
+    def run(picture: Tensor, z_t: FloatArray, steps: Sequence[Step]) -> FloatArray:
+        denoise = _denoiser(model, vae, picture, focal)
+        return run_steps(denoise, z_t, steps, sampling.guidance, sampling.guidance_rescale)
+
+    if not sampling.mirror:
+        return torch.from_numpy(run(image, z_T, plan)).to(image.device)
+    # As `uc3d_rt.generation`: the first step goes to z_0, for the picture and for its mirror image.
+    answer, mirrored = (run(picture, z_T, planned(1)) for picture in (image, image.flip(-1)))
+
+    def decode(latents: FloatArray) -> FloatArray:
+        return _autoencoded(vae.decode, latents, image.device).clip(0.0, 1.0)
+
+    def encode(images: FloatArray) -> FloatArray:
+        return _autoencoded(vae.encode, images, image.device)
+
+    z_t = (answer + mirrored_latents(mirrored, decode, encode)) / np.float32(2.0)
+    if len(plan) > 1:
+        alpha_bar = alpha_bars(preset.schedule)
+        z_t = renoised(z_t, z_T, float(alpha_bar[plan[0].t]), float(alpha_bar[plan[1].t]))
+        z_t = run(image, z_t, plan[1:])
+    return torch.from_numpy(z_t).to(image.device)
+
+
+def _denoiser(model: MultiviewModel, vae: Vae, image: Tensor, focal: Tensor) -> Denoiser:
+    """The UNet, told of these pictures (b, 3, H, W)."""
+    device, b = image.device, image.shape[0]
     half = device.type == "cuda"
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         tokens, image_latent = model.encoder(image).float(), vae.encode(image).float()
 
-    def denoise(
-        z_t: NDArray[np.float32], t: float, guided: bool
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    def denoise(z_t: FloatArray, t: float, guided: bool) -> tuple[FloatArray, FloatArray | None]:
         z = torch.from_numpy(z_t).to(device)
         copies = 2 if guided else 1
         keep = torch.ones(copies * b, device=device)
@@ -64,26 +104,21 @@ def sample_latents(
         parts = out.float().cpu().numpy().reshape(copies, *z_t.shape)
         return parts[0], parts[1] if guided else None
 
-    noise = np.random.default_rng(seed).standard_normal((v, 2 * c, side, side), dtype=np.float32)
-    z_0 = ddim(
-        denoise,
-        np.tile(noise * np.float32(sampling.noise_scale), (b, 1, 1, 1)),
-        preset.schedule,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        guidance_interval=sampling.guidance_interval,
-        guidance_rescale=sampling.guidance_rescale,
-        first_step_to=sampling.first_step_to,
-    )
-    return torch.from_numpy(z_0).to(device)
+    return denoise
 
 
 @torch.no_grad()
-def decode_pairs(vae: Vae, z_0: Tensor) -> NDArray[np.float32]:
+def decode_pairs(vae: Vae, z_0: Tensor) -> FloatArray:
     """Latent pairs (n, 8, h, w) to images (2n, H, W, 3) in [0, 1]: all colours, then all normals."""
-    latents = torch.cat(z_0.chunk(2, dim=1))
-    half = latents.device.type == "cuda"
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
-        images = torch.cat([vae.decode(part).float() for part in latents.split(96)])
-    array: NDArray[np.float32] = images.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    images = _autoencoded(vae.decode, torch.cat(z_0.chunk(2, dim=1)), z_0.device)
+    return np.ascontiguousarray(images.clip(0.0, 1.0).transpose(0, 2, 3, 1))
+
+
+def _autoencoded(
+    part: Callable[[Tensor], Tensor], values: Tensor | FloatArray, device: torch.device
+) -> FloatArray:
+    """What a half of the autoencoder makes of images or latents, a chunk at a time."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        parts = [part(chunk.to(device)).float() for chunk in torch.as_tensor(values).split(96)]
+    array: FloatArray = torch.cat(parts).cpu().numpy()
     return array

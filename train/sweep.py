@@ -56,8 +56,8 @@ def sweep(
     picture = torch.from_numpy(watch.picture).to(device).permute(0, 3, 1, 2).float() / 255.0
     focal = torch.from_numpy(watch.focal).to(device)
     lines = [
-        "| steps | guidance | interval | rescale | noise | first step to | PSNR | IoU | normals ° |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| steps | guidance | interval | rescale | noise | first step to | mirror | PSNR | IoU | normals ° |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for sampling in settings:
         color, normal, mask = sample_views(model, vae, picture, focal, sampling)

@@ -64,6 +64,11 @@ class _Command(click.Command):
     "the bundle's default if left out.",
 )
 @click.option(
+    "--mirror/--no-mirror", default=None,
+    help="Average the first step with that of the picture's mirror image, for one more call of the network; "
+    "the bundle's default if left out.",
+)  # fmt: skip
+@click.option(
     "--focal-mm", type=float, help="35 mm-equivalent focal length, 0 = orthographic; else from EXIF."
 )
 @click.option(
@@ -112,6 +117,7 @@ def command(
     guidance: float | None,
     noise_scale: float | None,
     first_step_to: float | None,
+    mirror: bool | None,
     focal_mm: float | None,
     views_dir: Path | None,
     texture: Literal["atlas", "vertex"],
@@ -165,7 +171,7 @@ def command(
 
         views = pipeline.views(
             image, steps=steps, guidance=guidance, noise_scale=noise_scale, first_step_to=first_step_to,
-            seed=seed, focal_mm=focal_mm, on_progress=begin,
+            mirror=mirror, seed=seed, focal_mm=focal_mm, on_progress=begin,
         )  # fmt: skip
         for note in views.notes:
             bars.say(f"warning: {note}")

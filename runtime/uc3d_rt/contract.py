@@ -156,6 +156,7 @@ class SamplingDefaults:
     guidance_rescale: float = 0.0
     noise_scale: float = 1.0  # of the start noise; below 1: nearer to the mean of what may be
     first_step_to: float = 1.0  # t / T that the first step reaches; the others are spaced below it
+    mirror: bool = False  # the first step is averaged with that of the picture's mirror image
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
     preprocess → encode → diffuse → decode → fit → mesh
 
-Each network is opened when its stage begins and closed when it ends, so that memory holds one at
-a time; `ladder.py` has what is done where that is too much.  The same input, options and seed on the
-same machine give the same mesh.
+`generation.py` has the stages from encode to decode.  Each network is opened when it is needed and closed
+after that, so that memory holds one at a time; `ladder.py` has what is done where that is too much.  The
+same input, options and seed on the same machine give the same mesh.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from uc3d_rt.backends.choice import Choice, choose, chosen_device
 from uc3d_rt.contract import Manifest, SamplingDefaults, load_manifest
 from uc3d_rt.device import Scope
 from uc3d_rt.errors import BackendError, BundleError, OutOfMemoryError, UsageError
+from uc3d_rt.generation import ViewGenerator
 from uc3d_rt.gpu_memory import ProcessMemory
 from uc3d_rt.ladder import LowMemory, lower_rungs
-from uc3d_rt.preprocess import Conditioning, ImageSource, preprocess
-from uc3d_rt.sampler import ddim_steps
+from uc3d_rt.preprocess import ImageSource, preprocess
 from uc3d_rt.stage_clock import Progress, StageClock
-from uc3d_rt.views import decode_views
 
 if TYPE_CHECKING:
     import trimesh
@@ -46,7 +45,7 @@ FloatArray = NDArray[np.float32]
 
 Held = TypeVar("Held", bound=Resource)
 
-_DECODE_CHUNK = 4  # latents a call; bounds the decoder's memory
+_CHUNK = 4  # images or latents a call; bounds the autoencoder's memory
 
 
 @dataclass(frozen=True)
@@ -193,6 +192,7 @@ class Pipeline:
         guidance: float | None = None,
         noise_scale: float | None = None,
         first_step_to: float | None = None,
+        mirror: bool | None = None,
         seed: int = 0,
         focal_mm: float | None = None,
         fit_options: FitOptions | None = None,
@@ -209,6 +209,8 @@ class Pipeline:
                 None takes the bundle's default.
             first_step_to: share of T that the first step reaches, above 0, to 1: less keeps more of the
                 mean of what the picture may show; None takes the bundle's default.
+            mirror: average the first step with that of the picture's mirror image, for one more call of the
+                network; None takes the bundle's default.
             seed: of the start noise and of the fit's ray choice.
             focal_mm: 35 mm-equivalent focal length; overrides EXIF; 0 = orthographic.
             fit_options: None = `FitOptions(seed=seed)`.
@@ -226,6 +228,7 @@ class Pipeline:
             guidance=guidance,
             noise_scale=noise_scale,
             first_step_to=first_step_to,
+            mirror=mirror,
             seed=seed,
             focal_mm=focal_mm,
             on_progress=on_progress,
@@ -242,6 +245,7 @@ class Pipeline:
         guidance: float | None = None,
         noise_scale: float | None = None,
         first_step_to: float | None = None,
+        mirror: bool | None = None,
         seed: int = 0,
         focal_mm: float | None = None,
         on_progress: Progress | None = None,
@@ -254,18 +258,20 @@ class Pipeline:
             guidance=usual.guidance if guidance is None else guidance,
             noise_scale=usual.noise_scale if noise_scale is None else noise_scale,
             first_step_to=usual.first_step_to if first_step_to is None else first_step_to,
+            mirror=usual.mirror if mirror is None else mirror,
         )
         self._check_sampling(sampling, seed)
         self._clock = clock = StageClock(on_progress, self._gpu_memory)
         with clock.stage("preprocess"):
             given = preprocess(image, self.manifest.shape.image_px, focal_mm)
         with self._memory_bound(self._network_mend):
+            generator = self._generator()
             with clock.stage("encode"):
-                tokens, image_latent = self._encode(given)
+                pictures = generator.encode(given.image, sampling.mirror)
             with clock.stage("diffuse") as tick:
-                z_0 = self._diffuse(tokens, image_latent, given.focal, sampling, seed, tick)
+                z_0 = generator.diffuse(pictures, given.focal, sampling, seed, tick)
             with clock.stage("decode") as tick:
-                color, normal = self._decode(z_0, tick)
+                color, normal = generator.decode(z_0, tick)
         return Views(color, normal, clock.seconds, given.notes, gpu_mib=clock.gpu_mib)
 
     def reconstruct(
@@ -326,60 +332,9 @@ class Pipeline:
         self._free_held()
         self._held = None
 
-    def _encode(self, given: Conditioning) -> tuple[FloatArray, FloatArray]:
-        """Image tokens (1, tokens, dim) and E(y) (1, c, h, w)."""
-        image = given.image[None]
-        with self._network("image_encoder") as network:
-            tokens = network(image=image)["tokens"]
-        with self._network("vae_encoder") as network:
-            return tokens, network(image=image)["latent"]
-
-    def _diffuse(
-        self,
-        tokens: FloatArray,
-        image_latent: FloatArray,
-        focal: float,
-        sampling: SamplingDefaults,
-        seed: int,
-        on_step: Callable[[int, int], None],
-    ) -> FloatArray:
-        """z_0 (6, 2c, h, w): colour and normal latents of the six views."""
-        shape = self.manifest.shape
-        z_T = np.random.default_rng(seed).standard_normal(
-            (shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px), dtype=np.float32
-        )
-        plan = ddim_steps(
-            self.manifest.schedule,
-            sampling.steps,
-            guidance=sampling.guidance,
-            guidance_interval=sampling.guidance_interval,
-            first_step_to=sampling.first_step_to,
-        )
-        with self._sampler() as sampler:
-            return sampler(
-                tokens,
-                image_latent,
-                focal,
-                z_T * np.float32(sampling.noise_scale),
-                plan,
-                guidance=sampling.guidance,
-                guidance_rescale=sampling.guidance_rescale,
-                on_step=on_step,
-            )
-
-    def _decode(self, z_0: FloatArray, on_image: Callable[[int, int], None]) -> tuple[FloatArray, FloatArray]:
-        """Colour and normal views, each (6, H, W, 3), of z_0 (6, 2c, h, w)."""
-        c = self.manifest.shape.latent_channels
-        latents = np.concatenate([z_0[:, :c], z_0[:, c:]])
-        images = []
-        with self._network("vae_decoder") as network:
-            chunk = network.batch or (1 if self._backend.low_memory.small_buffers else _DECODE_CHUNK)
-            for start in range(0, len(latents), chunk):
-                images.append(network(latent=latents[start : start + chunk])["image"])
-                on_image(min(start + chunk, len(latents)), len(latents))
-        decoded = np.clip(np.concatenate(images), 0.0, 1.0).transpose(0, 2, 3, 1)
-        color, normal, _ = decode_views(decoded[: len(z_0)], decoded[len(z_0) :])
-        return np.ascontiguousarray(color), normal
+    def _generator(self) -> ViewGenerator:
+        chunk = 1 if self._backend.low_memory.small_buffers else _CHUNK
+        return ViewGenerator(self.manifest, self._network, self._sampler, chunk)
 
     @contextmanager
     def _network(self, name: str) -> Iterator[Network]:

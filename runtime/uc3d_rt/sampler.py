@@ -74,6 +74,18 @@ def step_weights(alpha_bar: float, previous: float, kind: str) -> tuple[float, f
     return to_z_0 / signal, to_eps - to_z_0 * noise / signal  # z_0 = (z_t - noise eps) / signal
 
 
+def renoised(z_0: FloatArray, z_t: FloatArray, alpha_bar: float, previous: float) -> FloatArray:
+    """What deterministic DDIM makes of z_t where the network's answer amounts to this z_0.
+
+    Args:
+        alpha_bar: at z_t; below 1.
+        previous: alpha_bar after the step.
+    """
+    eps = (z_t - np.float32(alpha_bar**0.5) * z_0) / np.float32((1.0 - alpha_bar) ** 0.5)
+    z = np.float32(previous**0.5) * z_0 + np.float32((1.0 - previous) ** 0.5) * eps
+    return z.astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Step:
     """One call of the network and what becomes of `z_t`."""

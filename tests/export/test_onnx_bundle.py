@@ -168,13 +168,13 @@ def test_command_line(checkpoint: Path, ready_made: None, tmp_path: Path) -> Non
         return result.exit_code, result.output
 
     more = ("--steps", 20, "--guidance-interval", 0.0, 0.5, "--noise-scale", 0.5, "--data", "mine")
-    more += ("--first-step-to", 0.5)
+    more += ("--first-step-to", 0.5, "--mirror")
     code, output = run("--checkpoint", checkpoint, "--out", tmp_path / "toy", *more)
     assert code == 0 and "bundle" in output and "fp32 relative error" in output
     manifest = json.loads((tmp_path / "toy" / "manifest.json").read_text())
     assert manifest["sampling"] == {
         "steps": 20, "guidance": 3.0, "guidance_interval": [0.0, 0.5], "guidance_rescale": 0.0,
-        "noise_scale": 0.5, "first_step_to": 0.5,
+        "noise_scale": 0.5, "first_step_to": 0.5, "mirror": True,
     }  # fmt: skip
     code, output = run("--checkpoint", tmp_path / "nothing", "--out", tmp_path / "new")
     assert code == 1 and "Error: no checkpoint at" in output and not (tmp_path / "new").exists()

@@ -45,7 +45,10 @@ def pipeline(checkpoint: tuple[Path, MultiviewModel], tmp_path_factory: pytest.T
     return Pipeline.from_bundle(bundle, threads=1)
 
 
-@pytest.mark.parametrize(("steps", "guidance", "focal_mm"), [(6, 3.0, None), (6, 3.0, 50.0), (4, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("steps", "guidance", "focal_mm", "mirror"),
+    [(6, 3.0, None, False), (6, 3.0, 50.0, True), (4, 1.0, 0.0, False), (3, 3.0, None, True)],
+)
 def test_torch_and_runtime_views_agree(
     checkpoint: tuple[Path, MultiviewModel],
     pipeline: Pipeline,
@@ -53,11 +56,12 @@ def test_torch_and_runtime_views_agree(
     steps: int,
     guidance: float,
     focal_mm: float | None,
+    mirror: bool,
 ) -> None:
     """At guidance 3, where a colour paired with another view's normals would show."""
     folder, model = checkpoint
     found = pipeline.views(
-        object_png, steps=steps, guidance=guidance, noise_scale=0.5, seed=4, focal_mm=focal_mm
+        object_png, steps=steps, guidance=guidance, noise_scale=0.5, mirror=mirror, seed=4, focal_mm=focal_mm
     )
     given = preprocess(object_png, TOY.shape.image_px, focal_mm)
     color, normal, mask = sample_views(
@@ -65,7 +69,7 @@ def test_torch_and_runtime_views_agree(
         load_vae(folder, TOY),
         torch.from_numpy(given.image)[None],
         torch.tensor([given.focal]),
-        SamplingDefaults(steps, guidance, noise_scale=0.5, first_step_to=0.5),
+        SamplingDefaults(steps, guidance, noise_scale=0.5, first_step_to=0.5, mirror=mirror),
         seed=4,
     )
     drawn = np.linalg.norm(found.normal, axis=-1) > 0.5

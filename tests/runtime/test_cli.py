@@ -214,3 +214,19 @@ def test_bars_are_drawn_only_when_shown(capsys: pytest.CaptureFixture[str]) -> N
         err = capsys.readouterr().err
         assert "warning: a doubt" in err.splitlines()
         assert ("diffuse" in err) is shown
+
+
+@pytest.mark.parametrize(("given", "wanted"), [((), None), (("--mirror",), True), (("--no-mirror",), False)])
+def test_the_mirror_image_is_the_bundles_choice_or_the_users(
+    given: tuple[str, ...], wanted: bool | None, tmp_path: Path, object_png: Path, tiny_bundle: Path,
+    run_cli: Run, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    heard: list[object] = []
+
+    def views(self: pipeline.Pipeline, image: Path, **options: object) -> None:
+        heard.append(options["mirror"])
+        raise errors.UsageError("enough")
+
+    monkeypatch.setattr(pipeline.Pipeline, "views", views)
+    code, _, err = run_cli(object_png, "-o", tmp_path / "m.glb", "--bundle", tiny_bundle, *given)
+    assert (code, err, heard) == (errors.UsageError.exit_code, "error: enough\n", [wanted])

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from uc3d_rt.contract import NoiseSchedule
-from uc3d_rt.sampler import alpha_bars, ddim, ddim_steps, guided, step_weights, trailing_timesteps
+from uc3d_rt.sampler import (
+    alpha_bars,
+    ddim,
+    ddim_steps,
+    guided,
+    renoised,
+    step_weights,
+    trailing_timesteps,
+)
 
 SCHEDULES = {
     "eps-linear": NoiseSchedule(),
@@ -100,6 +108,7 @@ def test_a_step_goes_where_ddim_goes(previous: float) -> None:
     for prediction, kind in ((eps, "eps"), (v, "v")):
         keep, add = step_weights(a, previous, kind)
         np.testing.assert_allclose(keep * z_t + add * prediction, wanted, atol=1e-12)
+    np.testing.assert_allclose(renoised(z_0, z_t, a, previous), wanted, atol=1e-6)
 
 
 def test_the_steps_of_a_run() -> None:

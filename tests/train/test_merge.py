@@ -21,7 +21,7 @@ from train.vae import Vae
 def checkpoint(folder: Path, step: int, vae: Vae) -> Path:
     torch.manual_seed(step)
     model = MultiviewModel(TOY)
-    state = {"step": step, "batch": 4, "seed": 0, "history": [{"step": step}]}
+    state = {"step": step, "batch": 4, "seed": step // 20, "history": [{"step": step}]}
     ema = dict(model.state_dict())
     save_checkpoint(folder, preset=TOY, model=model, ema=ema, vae=vae, optimizers=(), state=state)
     return folder
@@ -47,6 +47,7 @@ def test_merged_weights_are_their_mean(folders: list[Path], tmp_path: Path) -> N
         assert value.dtype == given[0][name].dtype
     state = json.loads((out / "state.json").read_text())
     assert (state["step"], state["merged_steps"], state["history"]) == (40, [10, 20, 40], [{"step": 40}])
+    assert state["merged_seeds"] == [0, 1, 2]
     assert (out / "vae.safetensors").read_bytes() == (folders[0] / "vae.safetensors").read_bytes()
 
 

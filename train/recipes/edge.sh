@@ -15,15 +15,15 @@
 # numbers up to SETS in all, and the newest KEEP_SETS are trained on; KEEP_SETS=1, the default where
 # SETS_BEFORE is above 1, makes no more.  Making one beside the training takes longer, and the training
 # goes at half its speed meanwhile: SET_PAUSE seconds lie between two.
-# A set of 12 variants of 2 200 objects takes 14 GB, shared out among the GPUs (--split-cache); 8 GB where each
-# has one input picture (INPUTS=1), meant for trainings with --input-augment.
+# A set of 12 variants of 2 200 objects takes 8 GB, shared out among the GPUs (--split-cache).  A variant has one
+# input picture, since training changes it a little whenever it is drawn; INPUTS=2 takes 14 GB.
 #
 # Where NVIDIA's Multi-Process Service runs (nvidia-cuda-mps-control -d), the processes that make a set
 # use a GPU at the same time instead of in turns, and need a third less time.
 set -euo pipefail
 objects=$1 out=$2
 shift 2
-gpus=${GPUS:-1} variants=${VARIANTS:-16} inputs=${INPUTS:-2} shards_per_gpu=${SHARDS_PER_GPU:-5} cache=${CACHE:-$out/cache}
+gpus=${GPUS:-1} variants=${VARIANTS:-16} inputs=${INPUTS:-1} shards_per_gpu=${SHARDS_PER_GPU:-5} cache=${CACHE:-$out/cache}
 before=${SETS_BEFORE:-1} pause=${SET_PAUSE:-180} sets=${SETS:-1000} first=${FIRST_SET:-0}
 keep_sets=${KEEP_SETS:-$((before > 1 ? 1 : 2))}
 vae=${START:-$out/vae}
