@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from train.model import MultiviewModel
 from train.vae import Vae
 from uc3d_rt.contract import SamplingDefaults
 from uc3d_rt.mirror import mirrored_latents
-from uc3d_rt.sampler import Denoiser, Step, alpha_bars, ddim_steps, renoised, run_steps
+from uc3d_rt.sampler import Denoiser, Step, after_first_step, run_steps, sampling_steps
 from uc3d_rt.views import decode_views
 
 FloatArray = NDArray[np.float32]
@@ -50,22 +50,14 @@ def sample_latents(
     v, c, side = preset.unet.views, preset.unet.latent_channels, preset.unet.latent_px
     noise = np.random.default_rng(seed).standard_normal((v, 2 * c, side, side), dtype=np.float32)
     z_T = np.tile(noise * np.float32(sampling.noise_scale), (b, 1, 1, 1))
-    planned = partial(
-        ddim_steps,
-        preset.schedule,
-        guidance=sampling.guidance,
-        guidance_interval=sampling.guidance_interval,
-    )
-    plan = planned(sampling.steps, first_step_to=sampling.first_step_to)
+    plan = sampling_steps(preset.schedule, sampling)
 
-    def run(picture: Tensor, z_t: FloatArray, steps: Sequence[Step]) -> FloatArray:
-        denoise = _denoiser(model, vae, picture, focal)
+    def run(denoise: Denoiser, z_t: FloatArray, steps: Sequence[Step]) -> FloatArray:
         return run_steps(denoise, z_t, steps, sampling.guidance, sampling.guidance_rescale)
 
+    own = _denoiser(model, vae, image, focal)
     if not sampling.mirror:
-        return torch.from_numpy(run(image, z_T, plan)).to(image.device)
-    # As `uc3d_rt.generation`: the first step goes to z_0, for the picture and for its mirror image.
-    answer, mirrored = (run(picture, z_T, planned(1)) for picture in (image, image.flip(-1)))
+        return torch.from_numpy(run(own, z_T, plan)).to(image.device)
 
     def decode(latents: FloatArray) -> FloatArray:
         return _autoencoded(vae.decode, latents, image.device).clip(0.0, 1.0)
@@ -73,12 +65,12 @@ def sample_latents(
     def encode(images: FloatArray) -> FloatArray:
         return _autoencoded(vae.encode, images, image.device)
 
-    z_t = (answer + mirrored_latents(mirrored, decode, encode)) / np.float32(2.0)
-    if len(plan) > 1:
-        alpha_bar = alpha_bars(preset.schedule)
-        z_t = renoised(z_t, z_T, float(alpha_bar[plan[0].t]), float(alpha_bar[plan[1].t]))
-        z_t = run(image, z_t, plan[1:])
-    return torch.from_numpy(z_t).to(image.device)
+    # As `uc3d_rt.generation`: the first step goes to z_0, for the picture and for its mirror image.
+    at_once = sampling_steps(preset.schedule, replace(sampling, steps=1))
+    mirrored = run(_denoiser(model, vae, image.flip(-1), focal), z_T, at_once)
+    z_0 = (run(own, z_T, at_once) + mirrored_latents(mirrored, decode, encode)) / np.float32(2.0)
+    z_0 = run(own, after_first_step(z_0, z_T, preset.schedule, plan), plan[1:])
+    return torch.from_numpy(z_0).to(image.device)
 
 
 def _denoiser(model: MultiviewModel, vae: Vae, image: Tensor, focal: Tensor) -> Denoiser:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from uc3d_rt.backends.base import Network, Sampler
 from uc3d_rt.contract import Manifest, SamplingDefaults
 from uc3d_rt.mirror import mirrored_latents, mirrored_picture
-from uc3d_rt.sampler import Step, alpha_bars, ddim_steps, renoised
+from uc3d_rt.sampler import Step, after_first_step, sampling_steps
 from uc3d_rt.views import decode_views
 
 FloatArray = NDArray[np.float32]
@@ -74,10 +73,7 @@ class ViewGenerator:
         noise = np.random.default_rng(seed).standard_normal(
             (shape.views, 2 * shape.latent_channels, shape.latent_px, shape.latent_px), dtype=np.float32
         )
-        planned = partial(
-            ddim_steps, schedule, guidance=sampling.guidance, guidance_interval=sampling.guidance_interval
-        )
-        plan = planned(sampling.steps, first_step_to=sampling.first_step_to)
+        plan = sampling_steps(schedule, sampling)
         calls = len(plan) + len(pictures) - 1
         done = 0
 
@@ -100,14 +96,13 @@ class ViewGenerator:
         if len(pictures) == 1:
             with self._sampler() as sampler:
                 return run(sampler, pictures[0], z_T, plan)
-        at_once = planned(1)  # from T to z_0
+        at_once = sampling_steps(schedule, replace(sampling, steps=1))  # from T to z_0
         with self._sampler() as sampler:
             answer, mirrored = (run(sampler, picture, z_T, at_once) for picture in pictures)
         z_0 = (answer + mirrored_latents(mirrored, self._images, self._latents)) / np.float32(2.0)
         if len(plan) == 1:
             return z_0
-        alpha_bar = alpha_bars(schedule)
-        z_t = renoised(z_0, z_T, float(alpha_bar[plan[0].t]), float(alpha_bar[plan[1].t]))
+        z_t = after_first_step(z_0, z_T, schedule, plan)
         with self._sampler() as sampler:
             return run(sampler, pictures[0], z_t, plan[1:])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from uc3d_rt.contract import NoiseSchedule
+from uc3d_rt.contract import NoiseSchedule, SamplingDefaults
 
 FloatArray = NDArray[np.float32]
 Denoiser = Callable[[FloatArray, float, bool], tuple[FloatArray, FloatArray | None]]
@@ -74,18 +74,6 @@ def step_weights(alpha_bar: float, previous: float, kind: str) -> tuple[float, f
     return to_z_0 / signal, to_eps - to_z_0 * noise / signal  # z_0 = (z_t - noise eps) / signal
 
 
-def renoised(z_0: FloatArray, z_t: FloatArray, alpha_bar: float, previous: float) -> FloatArray:
-    """What deterministic DDIM makes of z_t where the network's answer amounts to this z_0.
-
-    Args:
-        alpha_bar: at z_t; below 1.
-        previous: alpha_bar after the step.
-    """
-    eps = (z_t - np.float32(alpha_bar**0.5) * z_0) / np.float32((1.0 - alpha_bar) ** 0.5)
-    z = np.float32(previous**0.5) * z_0 + np.float32((1.0 - previous) ** 0.5) * eps
-    return z.astype(np.float32)
-
-
 @dataclass(frozen=True)
 class Step:
     """One call of the network and what becomes of `z_t`."""
@@ -96,6 +84,17 @@ class Step:
     add: float  # of the prediction
 
 
+def sampling_steps(schedule: NoiseSchedule, sampling: SamplingDefaults) -> tuple[Step, ...]:
+    """The steps of `ddim_steps`, as these settings have them."""
+    return ddim_steps(
+        schedule,
+        sampling.steps,
+        guidance=sampling.guidance,
+        guidance_interval=sampling.guidance_interval,
+        first_step_to=sampling.first_step_to,
+    )
+
+
 def ddim_steps(
     schedule: NoiseSchedule,
     steps: int,
@@ -104,7 +103,15 @@ def ddim_steps(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     first_step_to: float = 1.0,
 ) -> tuple[Step, ...]:
-    """All steps of deterministic DDIM (eta = 0), trailing timesteps; arguments as `ddim`."""
+    """All steps of deterministic DDIM (eta = 0), trailing timesteps.
+
+    Args:
+        guidance: scale; 1 turns guidance off.
+        guidance_interval: guidance acts where `lo <= (t + 1) / T <= hi`; outside it the
+            conditional prediction alone is used (Kynkäänniemi et al., "Applying guidance in a
+            limited interval").
+        first_step_to: see `trailing_timesteps`.
+    """
     alpha_bar = alpha_bars(schedule)
     timesteps = [int(t) for t in trailing_timesteps(schedule.train_steps, steps, first_step_to)]
     low, high = guidance_interval
@@ -114,6 +121,18 @@ def ddim_steps(
         previous = 1.0 if after is None else float(alpha_bar[after])
         plan.append(Step(t, acts, *step_weights(float(alpha_bar[t]), previous, schedule.prediction)))
     return tuple(plan)
+
+
+def after_first_step(
+    z_0: FloatArray, z_T: FloatArray, schedule: NoiseSchedule, plan: Sequence[Step]
+) -> FloatArray:
+    """What the first step of a plan makes of z_T where the network's answer amounts to this z_0."""
+    alpha_bar = alpha_bars(schedule)
+    a = float(alpha_bar[plan[0].t])
+    previous = 1.0 if len(plan) == 1 else float(alpha_bar[plan[1].t])
+    eps = (z_T - np.float32(a**0.5) * z_0) / np.float32((1.0 - a) ** 0.5)
+    z_t = np.float32(previous**0.5) * z_0 + np.float32((1.0 - previous) ** 0.5) * eps
+    return z_t.astype(np.float32)
 
 
 def guided(
@@ -134,39 +153,6 @@ def guided(
     return out.astype(np.float32)
 
 
-def ddim(
-    denoise: Denoiser,
-    z_T: FloatArray,
-    schedule: NoiseSchedule,
-    *,
-    steps: int = 50,
-    guidance: float = 3.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    guidance_rescale: float = 0.0,
-    first_step_to: float = 1.0,
-    on_step: Callable[[int, int], None] | None = None,
-) -> FloatArray:
-    """Deterministic DDIM (eta = 0) from `z_T` to `z_0`, trailing timesteps.
-
-    Args:
-        denoise: the network; asked for the unconditional branch only where guidance acts.
-        z_T: start noise (views, channels, h, w).
-        guidance: scale; 1 turns guidance off.
-        guidance_interval: guidance acts where `lo <= (t + 1) / T <= hi`; outside it the
-            conditional prediction alone is used (Kynkäänniemi et al., "Applying guidance in a
-            limited interval").
-        first_step_to: see `trailing_timesteps`.
-        on_step: told `(done, steps)` after each step.
-
-    Returns:
-        `z_0`, shape of `z_T`.
-    """
-    plan = ddim_steps(
-        schedule, steps, guidance=guidance, guidance_interval=guidance_interval, first_step_to=first_step_to
-    )
-    return run_steps(denoise, z_T, plan, guidance, guidance_rescale, on_step)
-
-
 def run_steps(
     denoise: Denoiser,
     z_T: FloatArray,
@@ -175,7 +161,14 @@ def run_steps(
     guidance_rescale: float = 0.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> FloatArray:
-    """All steps of a plan, from `z_T` to `z_0`; arguments as `ddim`."""
+    """All steps of a plan, from `z_T` (views, channels, h, w) to `z_0`, of the same shape.
+
+    Args:
+        denoise: the network; asked for the unconditional branch only where guidance acts.
+        guidance: scale that the plan was made for.
+        guidance_rescale: see `guided`.
+        on_step: told `(done, steps)` after each step.
+    """
     z_t = z_T
     for done, step in enumerate(plan, start=1):
         conditional, unconditional = denoise(z_t, float(step.t), step.guided)

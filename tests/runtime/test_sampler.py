@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 
 from uc3d_rt.contract import NoiseSchedule
 from uc3d_rt.sampler import (
+    Denoiser,
+    after_first_step,
     alpha_bars,
-    ddim,
     ddim_steps,
     guided,
-    renoised,
+    run_steps,
     step_weights,
     trailing_timesteps,
 )
@@ -25,6 +27,13 @@ SCHEDULES = {
         beta_start=0.00085, beta_end=0.012, beta_curve="scaled_linear", zero_terminal_snr=True, prediction="v"
     ),
 }
+
+
+def ddim(denoise: Denoiser, z_T: np.ndarray, schedule: NoiseSchedule, **options: Any) -> np.ndarray:
+    """All steps of a plan with these options of `ddim_steps`."""
+    on_step = options.pop("on_step", None)
+    plan = ddim_steps(schedule, options.pop("steps"), **options)
+    return run_steps(denoise, z_T, plan, options.get("guidance", 3.0), on_step=on_step)
 
 
 def toy_network(z_t: np.ndarray, t: float) -> np.ndarray:
@@ -108,7 +117,18 @@ def test_a_step_goes_where_ddim_goes(previous: float) -> None:
     for prediction, kind in ((eps, "eps"), (v, "v")):
         keep, add = step_weights(a, previous, kind)
         np.testing.assert_allclose(keep * z_t + add * prediction, wanted, atol=1e-12)
-    np.testing.assert_allclose(renoised(z_0, z_t, a, previous), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_after_the_first_step_stands_what_ddim_has_there(name: str, steps: int) -> None:
+    """From the z_0 that the network's answer amounts to, instead of from the answer."""
+    schedule, plan = SCHEDULES[name], ddim_steps(SCHEDULES[name], steps, guidance=1.0, first_step_to=0.3)
+    z_T = np.random.default_rng(3).standard_normal((6, 8, 4, 4), dtype=np.float32)
+    network = lambda z, t, _: (toy_network(z, t), None)  # noqa: E731
+    z_0 = run_steps(network, z_T, ddim_steps(schedule, 1, guidance=1.0), 1.0)
+    wanted = run_steps(network, z_T, plan[:1], 1.0)
+    np.testing.assert_allclose(after_first_step(z_0, z_T, schedule, plan), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_steps_of_a_run() -> None:
