@@ -1,4 +1,4 @@
-"""What the two regularisers are worth: the paper's Tables 4, 7 and 8 at a budget of one's own.
+"""What the two regularisers are worth: the paper's Tables 4, 6, 7 and 8 at a budget of one's own.
 
 Every variant is trained with every seed by `train_model`, as `python -m train model` does, in
 OUT/VARIANT/seed-N, and measured with its averaged weights on objects kept aside.  Finished runs are
@@ -9,7 +9,7 @@ With several processes all of them train one run together and share the objects 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,20 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
 
+from train.ablation_around import Around
 from train.ablation_measure import Measure
-from train.ablation_report import FIGURES, TABLES, Figures, Variant, cell, markdown, sheet, summary
+from train.ablation_report import (
+    AROUND_FIGURES,
+    AROUND_TABLE,
+    FIGURES,
+    TABLES,
+    Figures,
+    Variant,
+    cell,
+    markdown,
+    sheet,
+    summary,
+)
 from train.cache import Cache
 from train.checkpoint import CheckpointError, differences, finish_interrupted_save, load_state
 from train.consistency import reference_heads
@@ -36,7 +48,7 @@ class AblationOptions:
     """What a user sets for all runs."""
 
     out: Path
-    tables: tuple[int, ...] = (4, 7, 8)
+    tables: tuple[int, ...] = (4, 6, 7, 8)
     seeds: tuple[int, ...] = (0, 1)
     var_weights: tuple[float, ...] = (0.005, 0.01, 0.05)  # Table 8
     mi_weights: tuple[float, ...] = (0.01, 0.05, 0.1)  # Table 7
@@ -61,7 +73,7 @@ class AblationOptions:
 def variants_of(table: int, preset: Preset, options: AblationOptions) -> list[Variant]:
     """The rows of one of the paper's tables, around the preset's own weights."""
     var, mi = preset.train.losses.lambda_var, preset.train.losses.lambda_mi
-    if table == 4:
+    if table in (4, AROUND_TABLE):
         return [Variant(0.0, 0.0), Variant(var, 0.0), Variant(0.0, mi), Variant(var, mi)]
     if table == 7:
         return [Variant(var, weight) for weight in options.mi_weights]
@@ -76,6 +88,7 @@ def ablate(
     options: AblationOptions,
     unet: Callable[[], UNet2DConditionModel] | None = None,
     say: Callable[[str], None] = print,
+    around: Sequence[Around] = (),
 ) -> dict[str, Any]:
     """Train and measure every variant of the tables with every seed; returns what `ablation.json` gets.
 
@@ -85,11 +98,15 @@ def ablate(
         vae: the frozen autoencoder.
         watch: objects kept aside, two or more.
         unet: makes the pretrained UNet that each run begins with.
+        around: objects kept aside, from inputs all around; Table 6 wants one or more.
 
     Raises:
         CheckpointError: OUT holds runs of other settings.
         FloatingPointError: a run diverged.
+        ValueError: Table 6 is wanted without `around`.
     """
+    if AROUND_TABLE in options.tables and not around:
+        raise ValueError(f"Table {AROUND_TABLE} needs objects seen from all around; none is given")
     state = PartialState()
     sampling = options.sampling or preset.sampling
     settings = json.loads(
@@ -107,10 +124,14 @@ def ablate(
     )
     with state.main_process_first():
         _same_settings(options.out / "settings.json", settings, write=state.is_main_process)
+        if AROUND_TABLE in options.tables:
+            inputs = {"inputs_around": [len(one.picture) for one in around]}
+            _same_settings(options.out / "around.json", inputs, write=state.is_main_process)
     rows = {table: variants_of(table, preset, options) for table in options.tables}
     chosen = list(dict.fromkeys(variant for variants in rows.values() for variant in variants))
-    measure = Measure(vae, watch, sampling, reference_heads(preset, cache, vae))
-    found = {variant: _kept_figures(options, variant) for variant in chosen}
+    measure = Measure(vae, watch, sampling, reference_heads(preset, cache, vae), around)
+    turned = set(rows.get(AROUND_TABLE, ()))
+    found = {variant: _kept_figures(options, variant, variant in turned) for variant in chosen}
     truth, true_rows = measure.truth()
     budget = f"{options.minutes:g} minutes" if options.minutes else f"{preset.train.steps} steps"
     head = (
@@ -130,11 +151,13 @@ def ablate(
             if any(gather_object([kept is not None])):
                 figures = kept
             else:
-                figures = measure.run(preset, checkpoint, place if state.is_main_process else None)
+                out = place if state.is_main_process else None
+                figures = measure.run(preset, checkpoint, out, variant in turned)
             if not state.is_main_process or figures is None:
                 continue
             found[variant][seed] = figures
-            say(f"{name}: " + "  ".join(f"{f.title} {cell(f, [figures[f.name]])}" for f in FIGURES))
+            told = (*FIGURES, *AROUND_FIGURES) if variant in turned else FIGURES
+            say(f"{name}: " + "  ".join(f"{f.title} {cell(f, [figures[f.name]])}" for f in told))
             report = {
                 "settings": settings,
                 "seeds": list(options.seeds),
@@ -177,13 +200,15 @@ def _trained(
     return train_model(with_train(preset, losses=losses), cache, vae, None, run, start)
 
 
-def _kept_figures(options: AblationOptions, variant: Variant) -> dict[int, Figures]:
-    """What earlier calls measured of a variant, by seed."""
+def _kept_figures(options: AblationOptions, variant: Variant, turned: bool) -> dict[int, Figures]:
+    """What earlier calls measured of a variant, by seed; with `turned`, only with Table 6's figures."""
     kept: dict[int, Figures] = {}
     for seed in options.seeds:
         place = options.out / variant.folder / f"seed-{seed}"
         if (place / "figures.json").is_file() and (place / "views.png").is_file():
-            kept[seed] = json.loads((place / "figures.json").read_text(encoding="utf-8"))
+            figures = json.loads((place / "figures.json").read_text(encoding="utf-8"))
+            if not turned or AROUND_FIGURES[0].name in figures:
+                kept[seed] = figures
     return kept
 
 

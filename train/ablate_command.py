@@ -45,8 +45,9 @@ class NumberList(click.ParamType):
 
 @click.command()
 @click.option(
-    "--table", "tables", multiple=True, type=click.Choice(["4", "7", "8"]),
-    help="Of the paper: 4 leaves out regularisers, 7 sweeps lambda_MI, 8 lambda_Var; default: all three.",
+    "--table", "tables", multiple=True, type=click.Choice(["4", "6", "7", "8"]),
+    help="Of the paper: 4 leaves out regularisers, 6 turns the inputs around the objects of the same runs, "
+    "7 sweeps lambda_MI, 8 lambda_Var; default: all four.",
 )  # fmt: skip
 @profile_option
 @vae_option
@@ -61,6 +62,22 @@ class NumberList(click.ParamType):
 )  # fmt: skip
 @click.option(
     "--count", default=40, show_default=True, type=click.IntRange(min=2), help="Objects to measure, at most."
+)
+@click.option(
+    "--azimuths",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Inputs around each object of table 6, evenly spaced; views with views are compared where two lie a "
+    "multiple of 60 degrees apart.",
+)
+@click.option(
+    "--around",
+    "around_count",
+    default=12,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Objects of table 6, at most.",
 )
 @click.option("--out", type=OUT, required=True, help="Gets VARIANT/seed-N/, ablation.json, .md and .png.")
 @click.option("--seeds", type=NumberList(int), default="0,1", show_default=True, help="Two or more.")
@@ -81,8 +98,9 @@ class NumberList(click.ParamType):
 @click.option("--sample-steps", type=click.IntRange(min=1), help="Likewise.")
 def ablate(
     tables: tuple[str, ...], profile: str, vae_folder: Path | None, pretrained: Path | None,
-    cache_folder: Path, cache_in: str, objects: Path, count: int, out: Path, seeds: tuple[int, ...],
-    var_weights: tuple[float, ...], mi_weights: tuple[float, ...], steps: int | None, minutes: float | None,
+    cache_folder: Path, cache_in: str, objects: Path, count: int, azimuths: int, around_count: int,
+    out: Path, seeds: tuple[int, ...], var_weights: tuple[float, ...], mi_weights: tuple[float, ...],
+    steps: int | None, minutes: float | None,
     batch: int | None, lr: float | None, start_from: Path | None, save_every: int, compile_: str | None,
     guidance: float | None, sample_steps: int | None,
 ) -> None:  # fmt: skip
@@ -99,6 +117,8 @@ def ablate(
 
     from train.ablate import AblationOptions
     from train.ablate import ablate as run
+    from train.ablation_around import seen_around
+    from train.ablation_report import AROUND_TABLE, TABLES
     from train.cache import load_cache
     from train.checkpoint import CheckpointError
     from train.watch import watched
@@ -108,7 +128,7 @@ def ablate(
         preset = with_train(PRESETS[profile], steps=steps, batch=batch, lr=lr)
         chosen = {"guidance": guidance, "steps": sample_steps}
         options = AblationOptions(
-            out=out, tables=tuple(map(int, tables)) or (4, 7, 8), seeds=seeds, var_weights=var_weights,
+            out=out, tables=tuple(map(int, tables)) or tuple(TABLES), seeds=seeds, var_weights=var_weights,
             mi_weights=mi_weights, minutes=minutes, save_every=save_every, compile=compile_,
             start_from=start_from,
             sampling=replace(preset.sampling, **{k: v for k, v in chosen.items() if v is not None}),
@@ -122,6 +142,10 @@ def ablate(
         net = autoencoder(preset, vae_folder, pretrained).to(state.device)
         data = load_cache(cache_folder, net, state.device, cache_in)
         watch = watched(aside, device_name(state), preset.vae.image_px)
+        around = []
+        if AROUND_TABLE in options.tables:
+            turned = limited(aside, around_count)
+            around = seen_around(turned, azimuths, device_name(state), preset.vae.image_px)
     unet = None
     if pretrained is not None:
         from train.pretrained import load_sdxl_unet
@@ -129,5 +153,5 @@ def ablate(
         unet = partial(load_sdxl_unet, pretrained, preset.unet)
 
     with plain_errors(CheckpointError, FloatingPointError, OSError):
-        run(preset, data, net, watch, options, unet, state.print)
+        run(preset, data, net, watch, options, unet, state.print, around)
     state.print(f"{out / 'ablation.md'} and {out / 'ablation.png'} show what came out")

@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from PIL import Image
 
-from train.ablation_report import Figures, mean_of
+from train.ablation_around import Around, around_figures, figures_of
+from train.ablation_report import AROUND_FIGURES, Figures, mean_of
 from train.checkpoint import load_state, load_weights
 from train.consistency import (
     edge_agreement,
@@ -43,16 +44,25 @@ class Measure:
     """The figures of one model after another, on the same objects with the same noise."""
 
     def __init__(
-        self, vae: torch.nn.Module, watch: Watch, sampling: SamplingDefaults, heads: ProjectionHeads
+        self,
+        vae: torch.nn.Module,
+        watch: Watch,
+        sampling: SamplingDefaults,
+        heads: ProjectionHeads,
+        around: Sequence[Around] = (),
     ) -> None:
         self.vae, self.watch, self.sampling, self.heads = vae, watch, sampling, heads
         self.device = next(vae.parameters()).device
         state = PartialState()
         shares = np.array_split(np.arange(len(watch.picture)), state.num_processes)
         self.own = [int(i) for i in shares[state.process_index]]  # this process's objects
+        self.around = around
+        self.own_around = around[state.process_index :: state.num_processes]
 
     def truth(self) -> tuple[Figures, list[NDArray[np.uint8]]]:
-        """The ceiling: the true views, encoded and decoded; and the first objects' true views to draw."""
+        """The ceiling: the true views, encoded and decoded, but for Table 6 as they are; and the first
+        objects' true views to draw.
+        """
         rows, pairs = [], []
         for index in range(len(self.watch.picture)):
             images = decode_pairs(self.vae, latents(self.vae, self.watch, index, self.device))
@@ -61,13 +71,15 @@ class Measure:
             pairs.append(pair[0])
         shown = range(min(SHEET_OBJECTS, len(rows)))
         drawn = [view_row(self.watch.color[i], self.watch.normal[i]) for i in shown]
-        return mean_of(rows) | {"retrieval": retrieval_accuracy(pairs)}, drawn
+        turned = mean_of((figures_of(one.truth, one) for one in self.around), AROUND_FIGURES)
+        return mean_of(rows) | {"retrieval": retrieval_accuracy(pairs)} | turned, drawn
 
-    def run(self, preset: Preset, checkpoint: Path, out: Path | None) -> Figures:
+    def run(self, preset: Preset, checkpoint: Path, out: Path | None, turned: bool = False) -> Figures:
         """The figures of a checkpoint's averaged weights; every process calls it.
 
         Args:
             out: gets `figures.json` and `views.png`; None on all processes but the main one.
+            turned: with Table 6's figures.
         """
         state = load_state(checkpoint)
         model = MultiviewModel(preset).to(self.device).eval()
@@ -94,6 +106,9 @@ class Measure:
         if contrast:
             figures["retrieval_own"] = retrieval_accuracy([pairs[1] for _, pairs in everyone])
         figures["steps"] = float(state["step"])
+        if turned:
+            rows_around = [around_figures(model, self.vae, one, self.sampling) for one in self.own_around]
+            figures |= mean_of(gather_object(rows_around), AROUND_FIGURES)
         if out is not None:
             Image.fromarray(np.concatenate(pictures[:SHEET_OBJECTS], axis=1)).save(out / "views.png")
             # Last: figures that stand there are whole.

@@ -18,8 +18,12 @@ from train.watch import Watch
 
 SHEET_PX = 96
 
+AROUND_TABLE = 6
+"""Its figures are its own; its runs are those of Table 4."""
+
 TABLES = {
     4: "Table 4: with and without each regulariser",
+    AROUND_TABLE: "Table 6: objects seen from inputs all around, with and without each regulariser",
     7: "Table 7: the weight of L_MI",
     8: "Table 8: the weight of L_Var",
 }
@@ -72,6 +76,20 @@ FIGURES = (
     Figure("steps", "steps", 0),
 )
 
+AROUND_FIGURES = (
+    Figure("agree_psnr", "inputs agree, PSNR dB ↑", 2),
+    Figure("agree_silhouette_iou", "silhouette IoU ↑", 3),
+    Figure("agree_normal_deg", "normals ° ↓", 1),
+    Figure("spread_psnr", "spread over inputs, PSNR dB ↓", 2),
+    Figure("spread_silhouette_iou", "silhouette IoU ↓", 3),
+    Figure("spread_normal_deg", "normals ° ↓", 1),
+    Figure("around_psnr", "mean over inputs, PSNR dB ↑", 2),
+    Figure("around_silhouette_iou", "silhouette IoU ↑", 3),
+    Figure("around_normal_deg", "normals ° ↓", 1),
+)
+"""Of views of two inputs whose target cameras coincide, held against each other; then of all inputs' views
+against the truth: standard deviation over the inputs, and mean."""
+
 
 def markdown(
     head_lines: str,
@@ -87,18 +105,20 @@ def markdown(
         found: the figures of each run, by variant and seed.
         truth: the ceiling.
     """
-    head = "| | " + " | ".join(figure.title for figure in FIGURES) + " | seeds |"
-    rule = "| --- |" + " ---: |" * (len(FIGURES) + 1)
     parts = []
     for table, variants in rows.items():
-        lines = [f"## {TABLES[table]}", "", head, rule]
+        figures, ceiling = FIGURES, "true views through the autoencoder"
+        if table == AROUND_TABLE:
+            figures, ceiling = AROUND_FIGURES, "true views"
+        head = "| | " + " | ".join(figure.title for figure in figures) + " | seeds |"
+        lines = [f"## {TABLES[table]}", "", head, "| --- |" + " ---: |" * (len(figures) + 1)]
         for variant in variants:
             runs = list(found[variant].values())
             if runs:
-                cells = [cell(figure, [run[figure.name] for run in runs]) for figure in FIGURES]
+                cells = [cell(figure, [run[figure.name] for run in runs]) for figure in figures]
                 lines.append(f"| {variant.title} | {' | '.join(cells)} | {len(runs)} |")
-        cells = [cell(figure, [truth.get(figure.name)]) for figure in FIGURES]
-        lines.append(f"| true views through the autoencoder | {' | '.join(cells)} | |")
+        cells = [cell(figure, [truth.get(figure.name)]) for figure in figures]
+        lines.append(f"| {ceiling} | {' | '.join(cells)} | |")
         parts.append("\n".join(lines))
     return "\n\n".join([head_lines, *parts]) + "\n"
 
@@ -119,7 +139,8 @@ def sheet(path: Path, watch: Watch, truth: Sequence[NDArray[np.uint8]], drawn: M
 
 
 def summary(variant: Variant, by_seed: Mapping[int, Figures]) -> dict[str, Any]:
-    spread = {figure.name: _spread([run[figure.name] for run in by_seed.values()]) for figure in FIGURES}
+    names = [figure.name for figure in (*FIGURES, *AROUND_FIGURES)]
+    spread = {n: _spread([run[n] for run in by_seed.values() if n in run]) for n in names}
     return {
         "title": variant.title,
         **asdict(variant),
@@ -144,11 +165,11 @@ def cell(figure: Figure, values: Sequence[float | None]) -> str:
     return text if deviation is None else f"{text} ± {deviation * figure.scale:.{figure.digits}f}"
 
 
-def mean_of(rows: Iterable[Figures]) -> Figures:
+def mean_of(rows: Iterable[Figures], figures: Sequence[Figure] = FIGURES) -> Figures:
     """Mean of every figure over the objects that it says something of."""
     found = list(rows)
     means: Figures = {}
-    for figure in FIGURES:
+    for figure in figures:
         values = [
             value for row in found if (value := row.get(figure.name)) is not None and not math.isnan(value)
         ]

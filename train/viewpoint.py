@@ -49,13 +49,15 @@ def input_azimuths(count: int) -> tuple[float, ...]:
     return tuple(360.0 * k / count for k in range(count))
 
 
-def samples_around(obj: Object, seed: int, count: int, image_px: int) -> Iterator[EvalSample]:
+def samples_around(
+    obj: Object, seed: int, count: int, image_px: int, device: str = "cpu"
+) -> Iterator[EvalSample]:
     """The object seen from each of `count` azimuths; the light in the camera's frame is drawn once."""
     camera = Camera(0.0)
     light = plain_light(variant_rng(seed, obj.name, 0), camera)
     for azimuth in input_azimuths(count):
         # A camera at azimuth b of the object stands at 0 of the world when the object is turned by -b.
-        yield seen_from(obj, -azimuth, camera, light, image_px=image_px)
+        yield seen_from(obj, -azimuth, camera, light, device=device, image_px=image_px)
 
 
 def coinciding(count: int) -> list[tuple[int, int, int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimesh
 from click.testing import CliRunner
 from PIL import Image
 
@@ -14,6 +15,7 @@ from tests.train.killed_run import random_cache
 from train import ablate as ablate_module
 from train.__main__ import cli
 from train.ablate import AblationOptions, ablate, variants_of
+from train.ablation_around import seen_around
 from train.ablation_report import Variant
 from train.checkpoint import CheckpointError
 from train.consistency import (
@@ -65,6 +67,7 @@ def test_the_tables_are_the_papers() -> None:
     assert [astuple(v) for v in variants_of(4, SDXL, default)] == [
         (0.0, 0.0), (0.01, 0.0), (0.0, 0.05), (0.01, 0.05),
     ]  # fmt: skip
+    assert variants_of(6, SDXL, default) == variants_of(4, SDXL, default)
     assert [astuple(v) for v in variants_of(7, SDXL, default)] == [(0.01, 0.01), (0.01, 0.05), (0.01, 0.1)]
     assert [astuple(v) for v in variants_of(8, SDXL, default)] == [(0.005, 0.05), (0.01, 0.05), (0.05, 0.05)]
 
@@ -73,8 +76,25 @@ def astuple(variant: Variant) -> tuple[float, float]:
     return variant.lambda_var, variant.lambda_mi
 
 
+@pytest.fixture(scope="module")
+def sheet_and_post(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("objects")
+    arm = trimesh.creation.box((0.7, 0.25, 0.25)).apply_translation((0.45, 0.3, 0.0))
+    shapes = {
+        "sheet": trimesh.Trimesh([[0, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 1, 2]]),
+        "post": trimesh.util.concatenate([trimesh.creation.box((0.3, 1.2, 0.3)), arm]),
+    }
+    for name, shape in shapes.items():
+        shape.export(folder / f"{name}.glb")
+    return {name: folder / f"{name}.glb" for name in shapes}
+
+
 def test_runs_figures_and_sheet(
-    tmp_path: Path, vae: Vae, watch: Watch, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    vae: Vae,
+    watch: Watch,
+    sheet_and_post: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained = []
     train_model = ablate_module.train_model
@@ -110,6 +130,24 @@ def test_runs_figures_and_sheet(
     assert trained[4:] == [(0.0, 2, False), (0.05, 2, False)] and figures.read_text() == before
     assert again["variants"][0]["runs"]["0"] == without["runs"]["0"]
     assert len(again["variants"][0]["runs"]) == 3
+
+    # Table 6 takes up Table 7's runs, which are measured again for it, and two more.
+    seen = seen_around([sheet_and_post["sheet"], sheet_and_post["post"]], 6, "cpu", 32)
+    assert [one.picture.shape for one in seen] == [(6, 32, 32, 3)]  # a sheet has no outline from its edge
+    with pytest.raises(ValueError, match="needs objects seen from all around"):
+        ablate(SMALL, random_cache(), vae, watch, options(tmp_path, tables=(6,)))
+    around = ablate(SMALL, random_cache(), vae, watch, options(tmp_path, tables=(6,)), around=seen)
+    assert trained[6:] == [(0.0, 0, False), (0.05, 0, False), (0.0, 1, False), (0.05, 1, False)]
+    both = around["variants"][-1]["runs"]["0"]
+    assert both["psnr"] == with_mi["runs"]["0"]["psnr"] and 0 < both["around_psnr"] < 30
+    # After two steps nothing is drawn, whatever the input: agreement alone says nothing, hence the others.
+    assert both["agree_psnr"] == 120.0 and both["around_silhouette_iou"] == 0.0
+    true = around["true_views"]
+    assert true["spread_psnr"] == 0.0 and true["around_psnr"] == 120.0 and 30 < true["agree_psnr"] < 120
+    assert true["agree_silhouette_iou"] > 0.9 and true["agree_normal_deg"] < 8
+    assert "Table 6" in (tmp_path / "ablation.md").read_text()
+    with pytest.raises(CheckpointError, match="other settings"):
+        ablate(SMALL, random_cache(), vae, watch, options(tmp_path, tables=(6,)), around=seen * 2)
     with pytest.raises(CheckpointError, match=r"other settings \(preset.train.steps was 2, now 3\)"):
         ablate(with_train(SMALL, steps=3), random_cache(), vae, watch, options(tmp_path))
 
@@ -119,7 +157,7 @@ def test_runs_figures_and_sheet(
     [
         ({"seeds": (0,)}, "give --seeds 0,1"),
         ({"seeds": (0, 0)}, "two different seeds"),
-        ({"tables": (5,)}, "tables are 4, 7, 8"),
+        ({"tables": (5,)}, "tables are 4, 6, 7, 8"),
         ({"mi_weights": (-1.0,)}, "must be 0 or more"),
     ],
 )
@@ -189,4 +227,4 @@ def test_command_line_refuses(tmp_path: Path) -> None:
     assert "give --seeds 0,1" in said("--seeds", "3")
     assert "'a,b' is not a list of numbers" in said("--seeds", "a,b")
     assert "holds no object" in said()
-    assert "'5' is not one of '4', '7', '8'" in said("--table", "5")
+    assert "'5' is not one of '4', '6', '7', '8'" in said("--table", "5")
