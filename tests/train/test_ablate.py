@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,8 @@ def test_runs_figures_and_sheet(
     monkeypatch.setattr(ablate_module, "train_model", counted)
     monkeypatch.setattr("train.trainer.loss_curves", lambda *_: None)
     monkeypatch.setattr(ablate_module, "reference_heads", lambda *given: reference_heads(*given, steps=1))
+    few = partial(latent_variance, draws=2)
+    monkeypatch.setattr("train.ablation_measure.latent_variance", few)
     said: list[str] = []
     report = ablate(SMALL, random_cache(), vae, watch, options(tmp_path), say=said.append)
     assert trained == [(0.0, 0, False), (0.05, 0, False), (0.0, 1, False), (0.05, 1, False)]
