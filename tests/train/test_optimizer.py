@@ -68,7 +68,7 @@ def test_steps_against_torch(shape: tuple[int, ...]) -> None:
     for p, q in zip(ours, theirs, strict=True):
         # Both iterate in bfloat16, whose rounding (2^-9) processors do not share.
         off = (p.flatten(1) - q).detach()
-        assert float(off.square().mean().sqrt()) < 0.005 * moved and float(off.abs().max()) < 0.1 * moved
+        assert float(off.square().mean().sqrt()) < 0.005 * moved and float(off.abs().max()) < 0.05 * moved
 
 
 def test_who_takes_what() -> None:
