@@ -17,6 +17,9 @@ RELATIVE_FLOOR = 0.1
 NORMAL_SOFTNESS = 0.1
 """In `normal_loss`, radians: errors well below it count by their square."""
 
+POSITION_SOFTNESS = 0.05
+"""In `surface_loss`, units of the world: the same for distances."""
+
 
 def noisy_latent(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """Eq. 6: `z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps`.
@@ -116,6 +119,28 @@ def normal_loss(normal: Tensor, truth: Tensor, coverage: Tensor, where: Tensor) 
     angle = (squared + NORMAL_SOFTNESS**2).sqrt() - NORMAL_SOFTNESS
     mean = (angle * coverage).sum(dim=(2, 3)) / coverage.sum(dim=(2, 3)).clamp_min(1e-6)
     return (mean.sum(dim=1) * where).sum() / where.sum().clamp_min(1.0)
+
+
+def surface_loss(surface: Tensor, truth: Tensor, where: Tensor) -> Tensor:
+    """How far the surface that the picture shows is from its guess (`train.lift`), mean over samples.
+
+    The sum of the coverage's cross-entropy, the mean distance of positions, and the mean chord of normals as
+    in `normal_loss`, both softened near zero and weighted by the true coverage.
+
+    Args:
+        surface: (b, 7, h, w): the logit of coverage, position, normal of any length.
+        truth: (b, 7, h, w): coverage in [0, 1], position, normal of any length.
+        where: (b,) samples that count.
+    """
+    guess, truth = surface.float(), truth.float()
+    coverage = truth[:, 0]
+    outline = F.binary_cross_entropy_with_logits(guess[:, 0], coverage, reduction="none").mean(dim=(1, 2))
+    squared = (guess[:, 1:4] - truth[:, 1:4]).square().sum(dim=1)
+    distance = (squared + POSITION_SOFTNESS**2).sqrt() - POSITION_SOFTNESS
+    cosine = F.cosine_similarity(guess[:, 4:], truth[:, 4:], dim=1)
+    angle = ((2.0 - 2.0 * cosine).clamp_min(0.0) + NORMAL_SOFTNESS**2).sqrt() - NORMAL_SOFTNESS
+    mean = ((distance + angle) * coverage).sum(dim=(1, 2)) / coverage.sum(dim=(1, 2)).clamp_min(1e-6)
+    return ((outline + mean) * where).sum() / where.sum().clamp_min(1.0)
 
 
 def variance_loss(features: Tensor) -> Tensor:

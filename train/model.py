@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from train.image_encoder import ImageEncoder
 from train.input_augment import augmented_pictures
+from train.lift import pooled_surface
 from train.losses import (
     diffusion_loss,
     mutual_information_loss,
@@ -16,6 +17,7 @@ from train.losses import (
     normal_loss,
     outline_loss,
     predicted_z_0,
+    surface_loss,
     variance_loss,
 )
 from train.multiview_unet import MultiviewUNet
@@ -33,6 +35,7 @@ class Batch:
     image: Tensor  # (b, 3, H, W) input views in [0, 1]
     image_latent: Tensor  # (b, 4, h, w) E(y)
     focal: Tensor  # (b,) f~
+    surface: Tensor | None = None  # (b, 7, h, w) coverage, position, normal of the input view; for L_surface
 
 
 def timesteps(uniform: Tensor, train_steps: int, bias: float, last_share: float = 0.0) -> Tensor:
@@ -98,9 +101,9 @@ class MultiviewModel(nn.Module):
             extra = torch.randn((draws - 1, 1, *batch.z_0.shape[1:]), device=device, generator=generator)
             eps = torch.cat([eps, extra.expand(-1, drawn, *extra.shape[2:]).flatten(0, 1)])
 
-        image, image_latent = batch.image, batch.image_latent
+        image, image_latent, surface = batch.image, batch.image_latent, batch.surface
         if spec.input_augment > 0:
-            image = augmented_pictures(image, generator, spec.input_augment)
+            image, surface = augmented_pictures(image, surface, generator, spec.input_augment)
             with torch.no_grad():
                 image_latent = vae.encode(image).to(image_latent.dtype)
         keep = (~drop).to(batch.z_0.dtype)
@@ -112,6 +115,7 @@ class MultiviewModel(nn.Module):
         prediction = self.unet(z_t.flatten(0, 1), t.float(), tokens[rows], image_latent[rows], focal)
         prediction = prediction.reshape(z_0.shape).float()
         features, self.unet.mid_features = self.unet.mid_features, None  # not kept: it holds the graph
+        guess_of_surface, self.unet.surface = self.unet.surface, None
 
         kind = self.preset.schedule.prediction
         last = (t == self.preset.schedule.train_steps - 1) & keep[rows].bool()  # with their picture
@@ -131,6 +135,11 @@ class MultiviewModel(nn.Module):
             if weights.lambda_normal > 0:
                 losses["normal"] = normal_loss(cells[:, :, 1:], truth[:, :, 1:], coverage, last)
                 total = total + weights.lambda_normal * losses["normal"]
+        if weights.lambda_surface > 0:
+            assert guess_of_surface is not None and surface is not None
+            truth = pooled_surface(surface, guess_of_surface.shape[-1])
+            losses["surface"] = surface_loss(guess_of_surface[:b], truth, keep)
+            total = total + weights.lambda_surface * losses["surface"]
         if weights.lambda_var > 0:
             assert features is not None
             features = features.reshape(rows.numel(), z_0.shape[1], -1)

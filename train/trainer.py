@@ -24,6 +24,7 @@ from train.average import full_average, update_average
 from train.cache import WHOLE, Cache, reload_cache, shard_names
 from train.checkpoint import (
     CheckpointError,
+    begin_with,
     differences,
     load_state,
     load_weights,
@@ -153,7 +154,9 @@ def train_model(
         mend = "restore the checkpoint from a copy, or train again"
         load_weights(model, folder / "model.safetensors", mend)
     elif options.start_from is not None:
-        load_weights(model, options.start_from / "ema.safetensors", "give the folder of a checkpoint")
+        mend = "give the folder of a checkpoint"
+        if new := begin_with(model, options.start_from / "ema.safetensors", mend):
+            accelerator.print(f"new, beside the weights of {options.start_from}: {', '.join(new)}")
     sharded = options.shard or accelerator.distributed_type == DistributedType.FSDP
     if sharded:
         if spec.optimizer != "adamw" or options.bf16_gradients:
