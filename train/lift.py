@@ -31,6 +31,7 @@ FACING = 8.0
 _SPREAD = 2  # cells of a token along each side
 _USUAL_SIZE = 0.9  # of the framed object, in units of the window
 _LEAST_WEIGHT = 1e-4
+_FARTHEST = 1.5  # objects end before it; a wild guess must not overflow
 
 
 class Lift(nn.Module):
@@ -112,7 +113,8 @@ class Lift(nn.Module):
         common = torch.cat([values.flatten(2), normal], dim=1)
 
         depth = self.back @ position  # (b, V, S)
-        seen = coverage * torch.sigmoid(FACING * (self.back @ normal)) * torch.exp(NEARER * depth)
+        nearness = torch.exp(NEARER * depth.clamp(-_FARTHEST, _FARTHEST))
+        seen = coverage * torch.sigmoid(FACING * (self.back @ normal)) * nearness
         parts = common[:, None] * seen[:, :, None], (depth * seen)[:, :, None], seen[:, :, None]
         weighted = torch.cat(parts, dim=2)  # (b, V, n + 5, S)
         across, down = self.right @ position, position[:, 1:2]  # elevation 0: up is +Y in every view
