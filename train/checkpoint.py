@@ -194,6 +194,10 @@ def load_weights(module: nn.Module, file: Path, mend: str) -> None:
     _load(module, read_tensors(file, mend), file, mend)
 
 
+_GROWN = re.compile(r"(?P<kind>unet\.lift|encoder\.blocks)\.\w+")
+_OUTPUT = re.compile(r"\.(out|mlp\.2)\.(weight|bias)$")  # the last layer of each branch of a `TokenBlock`
+
+
 def begin_with(model: nn.Module, file: Path, mend: str) -> list[str]:
     """Load averaged weights to train on from, as `load_weights`, also into a model that has grown since.
 
@@ -201,7 +205,7 @@ def begin_with(model: nn.Module, file: Path, mend: str) -> list[str]:
     new.  They change nothing at first: the network computes what the checkpoint's did.
 
     Returns:
-        What is new, by its first parameters' names.
+        Names of the modules that are new.
 
     Raises:
         FileNotFoundError, CheckpointError: as `load_weights`.
@@ -219,10 +223,6 @@ def begin_with(model: nn.Module, file: Path, mend: str) -> list[str]:
             tensors[name] = wider
     _load(model, tensors, file, mend)
     return sorted(new)
-
-
-_GROWN = re.compile(r"(?P<kind>unet\.lift|encoder\.blocks)\.\w+")
-_OUTPUT = re.compile(r"\.(out|mlp\.2)\.(weight|bias)$")  # the last layer of each branch of a `TokenBlock`
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], file: Path, mend: str) -> None:

@@ -9,6 +9,8 @@ farther.  The UNet gets it beside `E(y)`, which lines up with no view.  All of i
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -37,49 +39,34 @@ _FARTHEST = 1.5  # objects end before it; a wild guess must not overflow
 class Lift(nn.Module):
     """Tokens and `E(y)` of the picture to extra input channels of the six views."""
 
-    base: Tensor
     right: Tensor
     back: Tensor
-    cells: Tensor
 
-    def __init__(self, token_dim: int, token_grid: int, latent_channels: int, channels: int) -> None:
+    def __init__(self, token_dim: int, channels: int) -> None:
         """Begin with a flat object that faces the camera.
 
         Args:
-            token_grid: tokens along each side of the picture.
             channels: learned values that a cell carries, beside its latent, normal and depth.
         """
         super().__init__()
-        self.grid = _SPREAD * token_grid
-        self.channels = channels
         self.surface = nn.Linear(token_dim, SURFACE_CHANNELS * _SPREAD**2)
         self.value = nn.Linear(token_dim, channels * _SPREAD**2)
         nn.init.zeros_(self.surface.weight)
         nn.init.zeros_(self.surface.bias)
-        carried = latent_channels + 3 + 1 + channels
-        self.out_channels = len(SPLAT_CELLS) * (carried + 1)
         axes = [camera_axes(camera) for camera in TARGET_CAMERAS]
-        cells = ((torch.arange(self.grid) + 0.5) * (2.0 / self.grid) - 1.0) * HALF_WINDOW
-        base = torch.zeros(SURFACE_CHANNELS, self.grid, self.grid)
-        base[1], base[2] = cells * _USUAL_SIZE, -cells[:, None] * _USUAL_SIZE
-        base[6] = 1.0
-        for name, value in {
-            "base": base,
-            "right": torch.from_numpy(np.stack([right for right, _, _ in axes])),  # (V, 3)
-            "back": torch.from_numpy(np.stack([back for _, _, back in axes])),
-            "cells": cells,
-        }.items():
-            self.register_buffer(name, value, persistent=False)
+        right, back = (torch.from_numpy(np.stack([three[k] for three in axes])) for k in (0, 2))
+        self.register_buffer("right", right, persistent=False)  # (V, 3)
+        self.register_buffer("back", back, persistent=False)
 
     def forward(self, tokens: Tensor, image_latent: Tensor) -> tuple[Tensor, Tensor]:
         """What each view is told, and the surface that was guessed.
 
         Args:
-            tokens: (b, token_grid^2, token_dim).
+            tokens: (b, n^2, token_dim) of n by n patches of the picture; its grid of cells is twice as fine.
             image_latent: `E(y)` (b, c, h, w).
 
         Returns:
-            `(lifted, surface)`: (b, V + 1, out_channels, h, w), the picture itself last, and
+            `(lifted, surface)`: (b, V + 1, lift_channels, h, w), the picture itself last, and
             (b, SURFACE_CHANNELS, grid, grid): the logit of coverage, position, normal of any length.
         """
         kind = "cpu" if tokens.is_meta else tokens.device.type  # shapes alone know no autocast
@@ -88,18 +75,20 @@ class Lift(nn.Module):
 
     def _lifted(self, tokens: Tensor, image_latent: Tensor) -> tuple[Tensor, Tensor]:
         size = image_latent.shape[-2:]
-        surface = self.base + self._cells_of(self.surface(tokens))
+        surface, value = _cells_of(self.surface(tokens)), _cells_of(self.value(tokens))
+        grid = surface.shape[-1]
+        surface = surface + _flat(grid, surface)
         latent = image_latent
-        if size != (self.grid, self.grid):
-            latent = F.interpolate(image_latent, (self.grid, self.grid), mode="area")
-        lifted = self.lay(surface, torch.cat([latent, self._cells_of(self.value(tokens))], dim=1))
+        if size != (grid, grid):
+            latent = F.interpolate(image_latent, (grid, grid), mode="area")
+        lifted = self.lay(surface, torch.cat([latent, value], dim=1))
         if lifted.shape[-2:] != size:
             views = lifted.shape[1]
             lifted = F.interpolate(lifted.flatten(0, 1), size, mode="bilinear").unflatten(0, (-1, views))
         return lifted, surface
 
     def lay(self, surface: Tensor, values: Tensor) -> Tensor:
-        """Splats of the picture's cells (b, V + 1, out_channels, grid, grid), the picture itself last.
+        """Splats of the picture's cells (b, V + 1, lift_channels, grid, grid), the picture itself last.
 
         Channels, for each of `SPLAT_CELLS`: the values, the normal, the depth towards the view's camera, and
         how much is covered.
@@ -108,6 +97,8 @@ class Lift(nn.Module):
             surface: (b, SURFACE_CHANNELS, grid, grid), as `forward` gives it.
             values: (b, n, grid, grid).
         """
+        grid = surface.shape[-1]
+        cells = _cell_centres(grid, surface)
         coverage, position = surface[:, :1].sigmoid().flatten(2), surface[:, 1:4].flatten(2)
         normal = F.normalize(surface[:, 4:], dim=1, eps=1e-4).flatten(2)
         common = torch.cat([values.flatten(2), normal], dim=1)
@@ -120,21 +111,35 @@ class Lift(nn.Module):
         across, down = self.right @ position, position[:, 1:2]  # elevation 0: up is +Y in every view
         laid = []
         for width in SPLAT_CELLS:
-            sigma = width * 2.0 * HALF_WINDOW / self.grid
-            columns = _bell(self.cells[:, None] - across[:, :, None], sigma)  # (b, V, grid, S)
-            rows = _bell(-self.cells[:, None] - down[:, :, None], sigma).transpose(-1, -2)  # (b, 1, S, grid)
+            sigma = width * 2.0 * HALF_WINDOW / grid
+            columns = _bell(cells[:, None] - across[:, :, None], sigma)  # (b, V, grid, S)
+            rows = _bell(-cells[:, None] - down[:, :, None], sigma).transpose(-1, -2)  # (b, 1, S, grid)
             sums = _laid(weighted, columns, rows)
             mass = _laid(coverage[:, None], columns, rows)
             covered = 1.0 - torch.exp(-mass)
             laid += [sums[:, :, :-1] / (sums[:, :, -1:] + _LEAST_WEIGHT) * covered, covered]
         own = torch.cat([common, position[:, 2:], coverage], dim=1)  # +Z is towards the input's azimuth
-        own = torch.cat([own.unflatten(2, (self.grid, self.grid))] * len(SPLAT_CELLS), dim=1)
+        own = torch.cat([own.unflatten(2, (grid, grid))] * len(SPLAT_CELLS), dim=1)
         return torch.cat([torch.cat(laid, dim=2), own[:, None]], dim=1)
 
-    def _cells_of(self, values: Tensor) -> Tensor:
-        """(b, tokens, n * spread^2) to (b, n, grid, grid): a token's cells are its own."""
-        side = self.grid // _SPREAD
-        return F.pixel_shuffle(values.transpose(1, 2).unflatten(2, (side, side)), _SPREAD)
+
+def _cells_of(values: Tensor) -> Tensor:
+    """(b, tokens, n * spread^2) to (b, n, grid, grid): a token's cells are its own."""
+    side = math.isqrt(values.shape[1])
+    return F.pixel_shuffle(values.transpose(1, 2).unflatten(2, (side, side)), _SPREAD)
+
+
+def _cell_centres(grid: int, like: Tensor) -> Tensor:
+    """From left to right, in units of the window (grid,)."""
+    at = torch.arange(grid, device=like.device, dtype=like.dtype)
+    return ((at + 0.5) * (2.0 / grid) - 1.0) * HALF_WINDOW
+
+
+def _flat(grid: int, like: Tensor) -> Tensor:
+    """The surface of a flat object that faces the camera (SURFACE_CHANNELS, grid, grid)."""
+    across = (_cell_centres(grid, like) * _USUAL_SIZE).repeat(grid, 1)
+    none, one = torch.zeros_like(across), torch.ones_like(across)
+    return torch.stack([none, across, -across.T, none, none, none, one])
 
 
 def _bell(distance: Tensor, sigma: float) -> Tensor:

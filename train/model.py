@@ -101,7 +101,8 @@ class MultiviewModel(nn.Module):
             extra = torch.randn((draws - 1, 1, *batch.z_0.shape[1:]), device=device, generator=generator)
             eps = torch.cat([eps, extra.expand(-1, drawn, *extra.shape[2:]).flatten(0, 1)])
 
-        image, image_latent, surface = batch.image, batch.image_latent, batch.surface
+        image, image_latent = batch.image, batch.image_latent
+        surface = batch.surface if weights.lambda_surface > 0 else None
         if spec.input_augment > 0:
             image, surface = augmented_pictures(image, surface, generator, spec.input_augment)
             with torch.no_grad():
@@ -115,7 +116,7 @@ class MultiviewModel(nn.Module):
         prediction = self.unet(z_t.flatten(0, 1), t.float(), tokens[rows], image_latent[rows], focal)
         prediction = prediction.reshape(z_0.shape).float()
         features, self.unet.mid_features = self.unet.mid_features, None  # not kept: it holds the graph
-        guess_of_surface, self.unet.surface = self.unet.surface, None
+        guessed_surface, self.unet.surface = self.unet.surface, None
 
         kind = self.preset.schedule.prediction
         last = (t == self.preset.schedule.train_steps - 1) & keep[rows].bool()  # with their picture
@@ -136,9 +137,9 @@ class MultiviewModel(nn.Module):
                 losses["normal"] = normal_loss(cells[:, :, 1:], truth[:, :, 1:], coverage, last)
                 total = total + weights.lambda_normal * losses["normal"]
         if weights.lambda_surface > 0:
-            assert guess_of_surface is not None and surface is not None
-            truth = pooled_surface(surface, guess_of_surface.shape[-1])
-            losses["surface"] = surface_loss(guess_of_surface[:b], truth, keep)
+            assert guessed_surface is not None and surface is not None
+            true_surface = pooled_surface(surface, guessed_surface.shape[-1])
+            losses["surface"] = surface_loss(guessed_surface[:b], true_surface, keep)
             total = total + weights.lambda_surface * losses["surface"]
         if weights.lambda_var > 0:
             assert features is not None

@@ -138,7 +138,7 @@ class MultiviewUNet(nn.Module):
         nn.init.zeros_(self.focal_embedding[2].bias)
         self.lift: Lift | None = None
         if spec.lift_channels:
-            self.lift = Lift(spec.token_dim, spec.token_grid, spec.latent_channels, spec.lift_channels)
+            self.lift = Lift(spec.token_dim, spec.lift_channels)
         self.surface: Tensor | None = None  # of the last pass, as `Lift` gives it
         self.mid_features: Tensor | None = None  # ((b v), c, h, w) of the last pass, for L_var (Eq. 11)
         self.unet.mid_block.register_forward_hook(self._keep_mid_features)

@@ -24,8 +24,7 @@ class UNetSpec:
     views: int = NUM_VIEWS
     focal_frequencies: int = 6
     transformer_layers: tuple[int, ...] = ()  # transformer blocks in a row, a level; empty = 1 each
-    lift_channels: int = 0  # learned values that a cell of the picture takes into the views; 0 = no lift
-    token_grid: int = 0  # image tokens along each side, for the lift (train/lift.py)
+    lift_channels: int = 0  # learned values a cell takes into the views (train/lift.py); 0 = no lift
 
     def __post_init__(self) -> None:
         if self.transformer_layers and len(self.transformer_layers) != len(self.channels):
@@ -36,11 +35,8 @@ class UNetSpec:
             raise ValueError(f"channels {self.channels} must be multiples of norm_groups={self.norm_groups}")
         if self.latent_px % 2 ** (len(self.channels) - 1):
             raise ValueError(f"latent_px={self.latent_px} cannot be halved {len(self.channels) - 1} times")
-        if self.lift_channels < 0 or (self.lift_channels and self.token_grid < 1):
-            raise ValueError(
-                f"lift_channels={self.lift_channels} needs the token_grid of the image encoder, "
-                f"got {self.token_grid}"
-            )
+        if self.lift_channels < 0:
+            raise ValueError(f"lift_channels must be 0 or more, got {self.lift_channels}")
 
 
 @dataclass(frozen=True)
@@ -211,11 +207,6 @@ class Preset:
         ):
             if a != b:
                 raise ValueError(f"preset {self.name!r}: two parts disagree on {name}: {a} and {b}")
-        if self.unet.lift_channels and self.unet.token_grid != self.encoder.grid:
-            raise ValueError(
-                f"preset {self.name!r}: two parts disagree on the grid of tokens: "
-                f"{self.unet.token_grid} and {self.encoder.grid}"
-            )
         if self.train.losses.lambda_surface > 0 and not self.unet.lift_channels:
             raise ValueError(f"preset {self.name!r}: lambda_surface needs a UNet with lift_channels")
 
@@ -353,8 +344,7 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in (EDGE, TOY, SDXL
 
 def with_lift(preset: Preset, channels: int) -> Preset:
     """The preset with a lift that carries that many learned values (`train.lift`); 0 takes it away."""
-    grid = preset.encoder.grid if channels else 0
-    return replace(preset, unet=replace(preset.unet, lift_channels=channels, token_grid=grid))
+    return replace(preset, unet=replace(preset.unet, lift_channels=channels))
 
 
 def with_train(preset: Preset, **changes: Any) -> Preset:

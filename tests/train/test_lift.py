@@ -16,7 +16,7 @@ from train.checkpoint import CheckpointError, begin_with
 from train.dataset import render_variant
 from train.lift import SPLAT_CELLS, Lift, lift_channels, pooled_surface
 from train.model import MultiviewModel
-from train.presets import TOY
+from train.presets import TOY, with_lift
 from train.render import Scene
 from uc3d_rt.views import HALF_WINDOW, TARGET_CAMERAS, decode_normals, project
 
@@ -26,7 +26,7 @@ SURE = 12.0  # a logit
 
 def lift(channels: int = 2) -> Lift:
     torch.manual_seed(0)
-    return Lift(token_dim=16, token_grid=GRID // 2, latent_channels=4, channels=channels)
+    return Lift(token_dim=16, channels=channels)
 
 
 def nothing() -> Tensor:
@@ -114,7 +114,7 @@ def test_the_true_surface_gives_the_normals_of_the_views_beside_the_picture() ->
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    small = Lift(token_dim=4, token_grid=2, latent_channels=1, channels=1).double()
+    small = Lift(token_dim=4, channels=1).double()
     generator = torch.Generator().manual_seed(1)
     surface = torch.randn((1, 7, 4, 4), dtype=torch.float64, generator=generator) * 0.5
     values = torch.randn((1, 2, 4, 4), dtype=torch.float64, generator=generator)
@@ -124,7 +124,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_it_begins_with_a_flat_object_and_one_latent_of_another_size() -> None:
     flat = lift()
     lifted, surface = flat(torch.randn(2, 256, 16), torch.randn(2, 4, 64, 64))
-    assert lifted.shape == (2, 7, lift_channels(4, 2), 64, 64) and flat.out_channels == lift_channels(4, 2)
+    assert lifted.shape == (2, 7, lift_channels(4, 2), 64, 64)
     assert (surface[:, 0] == 0).all() and (surface[:, 3] == 0).all() and (surface[:, 6] == 1).all()
     assert surface[0, 1, 0, 0] < 0 < surface[0, 1, 0, -1] and surface[0, 2, -1, 0] < 0 < surface[0, 2, 0, 0]
     assert lift_channels(4, 0) == 0
@@ -139,13 +139,12 @@ def test_pooling_weighs_by_coverage() -> None:
     assert not pooled[0, :, 1:].any() and torch.equal(pooled_surface(truth, 4), truth)
 
 
-@pytest.mark.parametrize("device", ["cpu"])
-def test_autocast_does_not_round_places(device: str) -> None:
+def test_autocast_does_not_round_places() -> None:
     one = lift()
     torch.nn.init.normal_(one.surface.weight, std=0.05)
     tokens, latent = torch.randn(1, 256, 16), torch.randn(1, 4, GRID, GRID)
     plain = one(tokens, latent)
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         cast = one(tokens, latent)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
@@ -172,3 +171,10 @@ def test_a_model_that_has_grown_a_lift_and_layers_computes_what_it_did(tmp_path:
     wide = replace(LIFTED, unet=replace(LIFTED.unet, channels=(32, 96)))
     with pytest.raises(CheckpointError, match=r"another architecture.*train again"):
         begin_with(MultiviewModel(wide), tmp_path / "ema.safetensors", "train again")
+
+
+def test_a_loss_on_the_surface_needs_a_lift() -> None:
+    with pytest.raises(ValueError, match="lambda_surface needs a UNet with lift_channels"):
+        with_lift(LIFTED, 0)
+    with pytest.raises(ValueError, match="lift_channels must be 0 or more"):
+        with_lift(TOY, -1)
