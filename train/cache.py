@@ -24,13 +24,12 @@ from tqdm import tqdm
 
 from train.checkpoint import CheckpointError
 from train.dataset import Variant, render_folder
-from train.lift import SURFACE_CHANNELS
 from train.model import Batch
 from train.vae import Vae
 
 T = TypeVar("T")
 
-KEYS = ("z_0", "image", "image_latent", "focal", "surface")
+KEYS = ("z_0", "image", "image_latent", "focal")
 
 ENCODED_TOGETHER = 8
 """Variants that one call of the encoder takes."""
@@ -53,7 +52,6 @@ class LatentCache:
     image: Tensor  # (N, M, H, W, 3) uint8
     image_latent: Tensor  # (N, M, 4, h, w) float16
     focal: Tensor  # (N, M) float32
-    surface: Tensor  # (N, M, 7, h, w) float16, of what the input views show (`train.lift`)
     objects: int  # each with N / objects variants, side by side
     shards: tuple[str, ...] = ()  # names of the files they come from
     target: torch.device | None = None  # of the batches; None: where the tensors lie
@@ -72,12 +70,12 @@ class LatentCache:
         """A batch of variants of different objects (as far as there are enough), on the device."""
         places = _places(self.variants, self.objects, self.image.shape[1], count, generator)
         rows, view = (place.to(self.z_0.device) for place in places)
-        rest = (tensor[rows, view] for tensor in (self.image, self.image_latent, self.focal, self.surface))
-        return _batch(self.z_0[rows], *rest, device=self.device)
+        parts = self.z_0[rows], self.image[rows, view], self.image_latent[rows, view], self.focal[rows, view]
+        return _batch(*parts, self.device)
 
     def free(self) -> None:
         """Give the memory back, whoever still holds the cache; nothing can be drawn from it any more."""
-        for tensor in (self.z_0, self.image, self.image_latent, self.focal, self.surface):
+        for tensor in (self.z_0, self.image, self.image_latent, self.focal):
             tensor.untyped_storage().resize_(0)
 
 
@@ -109,7 +107,7 @@ class MappedCache:
             )
 
         z_0 = torch.cat([self._files[i].get_slice("z_0")[r : r + 1] for i, r, _ in picked])
-        return _batch(z_0, *(read(key) for key in KEYS[1:]), device=self.device)
+        return _batch(z_0, read("image"), read("image_latent"), read("focal"), self.device)
 
     def free(self) -> None:
         """Close the files; nothing can be drawn any more."""
@@ -136,16 +134,13 @@ def _places(
     return picks * per_object + variant, view
 
 
-def _batch(
-    z_0: Tensor, image: Tensor, image_latent: Tensor, focal: Tensor, surface: Tensor, *, device: torch.device
-) -> Batch:
+def _batch(z_0: Tensor, image: Tensor, image_latent: Tensor, focal: Tensor, device: torch.device) -> Batch:
     """Stored rows as a batch; they travel in their stored types, the smallest."""
     return Batch(
         z_0=z_0.to(device).float(),
         image=image.to(device).permute(0, 3, 1, 2).float() / 255.0,
         image_latent=image_latent.to(device).float(),
         focal=focal.to(device),
-        surface=surface.to(device).float(),
     )
 
 
@@ -167,25 +162,23 @@ def build_shard(
     image = torch.empty(count, inputs, px, px, 3, dtype=torch.uint8)
     image_latent = torch.empty(count, inputs, shape.latent_channels, side, side, dtype=torch.float16)
     focal = torch.empty(count, inputs)
-    surface = torch.empty(count, inputs, SURFACE_CHANNELS, side, side, dtype=torch.float16)
-    stream = render_folder(objects, device, variants, inputs, seed, workers, image_px=px, cells=side)
+    stream = render_folder(objects, device, variants, inputs, seed, workers, image_px=px)
     for together in _chunks(tqdm(stream, total=count, desc=out.stem, mininterval=5, disable=None)):
         pictures = [torch.cat([item.color, item.normal, item.inputs]) for _, _, item in together]
         # One call for many variants: a network as small is bound by its launches.
         latents = encode_bytes(vae, torch.cat(pictures)).to("cpu", torch.float16)
         shown = torch.stack([item.inputs for _, _, item in together]).cpu()
-        cells = torch.stack([item.surface for _, _, item in together]).cpu()
-        for (index, variant, item), own, views, lies in zip(
-            together, latents.split(12 + inputs), shown, cells, strict=True
+        for (index, variant, item), own, views in zip(
+            together, latents.split(12 + inputs), shown, strict=True
         ):
             row = index * variants + variant
             z_0[row] = torch.cat([own[:6], own[6:12]], dim=1)
-            image[row], image_latent[row], surface[row] = views, own[12:], lies
+            image[row], image_latent[row] = views, own[12:]
             focal[row] = torch.from_numpy(item.focal)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     names = json.dumps([path.name for path in objects])
-    tensors = dict(zip(KEYS, (z_0, image, image_latent, focal, surface), strict=True))
+    tensors = {"z_0": z_0, "image": image, "image_latent": image_latent, "focal": focal}
     save_file(tensors, temporary, {"objects": names, "variants": str(variants), "vae": vae_fingerprint(vae)})
     temporary.replace(out)
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from train.presets import PRESETS, KlVaeSpec, Preset, with_lift
+from train.presets import PRESETS, KlVaeSpec, Preset
 from train.sharding import whole
 from train.vae import Vae
 
@@ -155,12 +154,8 @@ def preset_of(folder: Path) -> Preset:
         raise CheckpointError(
             f"{folder} was trained as {state['preset']!r}; known presets: {', '.join(PRESETS)}"
         )
-    saved = state["config"]
-    # What a run may choose; checkpoints from before the lift have none.
-    preset = with_lift(preset, saved["unet"].get("lift_channels", 0))
-    preset = replace(preset, encoder=replace(preset.encoder, layers=saved["encoder"]["layers"]))
     architecture = ("unet", "encoder", "vae", "heads", "schedule")
-    changed = differences({part: saved[part] for part in architecture}, asdict(preset))
+    changed = differences({part: state["config"][part] for part in architecture}, asdict(preset))
     if changed:
         raise CheckpointError(
             f"{folder} was trained with other sizes of preset {preset.name!r} "
@@ -191,41 +186,7 @@ def load_weights(module: nn.Module, file: Path, mend: str) -> None:
     Raises:
         FileNotFoundError, CheckpointError: the message ends with `mend`.
     """
-    _load(module, read_tensors(file, mend), file, mend)
-
-
-_GROWN = re.compile(r"(?P<kind>unet\.lift|encoder\.blocks)\.\w+")
-_OUTPUT = re.compile(r"\.(out|mlp\.2)\.(weight|bias)$")  # the last layer of each branch of a `TokenBlock`
-
-
-def begin_with(model: nn.Module, file: Path, mend: str) -> list[str]:
-    """Load averaged weights to train on from, as `load_weights`, also into a model that has grown since.
-
-    A lift (`UNetSpec.lift_channels`) and further layers of the image encoder (`EncoderSpec.layers`) may be
-    new.  They change nothing at first: the network computes what the checkpoint's did.
-
-    Returns:
-        Names of the modules that are new.
-
-    Raises:
-        FileNotFoundError, CheckpointError: as `load_weights`.
-    """
-    tensors, new = read_tensors(file, mend), set[str]()
-    conv_in = "unet.unet.conv_in.weight"
-    for name, value in model.state_dict().items():
-        if name not in tensors and (found := _GROWN.match(name)):
-            silent = found["kind"] == "encoder.blocks" and _OUTPUT.search(name)
-            tensors[name] = torch.zeros_like(value, device="cpu") if silent else value.cpu()
-            new.add(found.group())
-        elif name == conv_in and name in tensors and tensors[name].shape[1] < value.shape[1]:
-            wider = torch.zeros(value.shape, dtype=value.dtype)
-            wider[:, : tensors[name].shape[1]] = tensors[name]
-            tensors[name] = wider
-    _load(model, tensors, file, mend)
-    return sorted(new)
-
-
-def _load(module: nn.Module, tensors: dict[str, Tensor], file: Path, mend: str) -> None:
+    tensors = read_tensors(file, mend)
     own = module.state_dict()
     wrong = [
         name

@@ -30,7 +30,6 @@ from train.augment import (
     yaw_matrix,
 )
 from train.framing import framed
-from train.lift import SURFACE_CHANNELS
 from train.objects import Object, load_object
 from train.render import TARGET_LIGHT, ImageTensors, Scene, View
 from train.subjects import other_of, subject
@@ -39,9 +38,6 @@ from uc3d_rt.views import NUM_VIEWS, TARGET_CAMERAS
 FloatArray = NDArray[np.float32]
 
 IMAGE_PX = 256
-
-SURFACE_CELLS = 32
-"""Along each side of an input view."""
 
 INPUT_OVERSAMPLE = 1.125
 """Input views are rendered this much larger than the square they are framed into."""
@@ -64,7 +60,6 @@ class Variant:
     color: Tensor  # (6, P, P, 3) uint8, on the render device
     normal: Tensor  # (6, P, P, 3) uint8, on the render device
     inputs: Tensor  # (M, P, P, 3) uint8, there too; framed as the runtime frames a picture
-    surface: Tensor  # (M, 7, h, w) float16, there too: what the inputs show, as `train.lift` has it
     focal: FloatArray  # (M,) f~; 0 is orthographic
     elevation_deg: FloatArray  # (M,)
 
@@ -91,7 +86,6 @@ def render_variant(
     *,
     image_px: int = IMAGE_PX,
     samples: int = 2,
-    cells: int = SURFACE_CELLS,
 ) -> Variant:
     """Draw and render one variant of the scene's object.
 
@@ -101,19 +95,17 @@ def render_variant(
         num_inputs: M input views.
         augment: False keeps the object's shape and colours; its yaw and input views stay random.
         image_px: side P of every image.
-        cells: of the inputs' surface, along each side.
 
     Raises:
         ValueError: the input views show nothing, in `MAX_ATTEMPTS` draws.
     """
     for _attempt in range(MAX_ATTEMPTS):
         plan = _plan_variant(scene.object, rng, num_inputs, augment)
-        shown = [_inputs_of(scene, plan.inputs, image_px, samples)]
-        pictures, surface, seen = _framed(shown, image_px, cells)
+        pictures, seen = _framed([_inputs_of(scene, plan.inputs, image_px, samples)], image_px)
         if not all(seen):
             continue
         targets = scene.render_torch(plan.targets, image_px, samples)
-        return _variant(targets.color, targets.normal, pictures, surface, plan)
+        return _variant(targets.color, targets.normal, pictures, plan)
     raise ValueError(
         f"{scene.object.name} shows nothing in {MAX_ATTEMPTS} draws of its input views; "
         "it is too thin, remove it"
@@ -132,7 +124,6 @@ def render_folder(
     image_px: int = IMAGE_PX,
     samples: int = 2,
     augment: bool = True,
-    cells: int = SURFACE_CELLS,
 ) -> Iterator[tuple[int, int, Variant]]:
     """Stream `variants` variants of every object, in order: `(object index, variant index, variant)`.
 
@@ -145,7 +136,6 @@ def render_folder(
         inputs: input views a variant.
         workers: threads for reading.
         on_progress: called with (objects done, objects in all).
-        cells: of the inputs' surface, along each side.
 
     Raises:
         ValueError: an object file is unreadable, or too thin to be seen.
@@ -167,7 +157,7 @@ def render_folder(
                     continue
                 done = index - ahead + 1
                 groups = reading.popleft().result()
-                rendered = _render_groups(groups, device, seed, inputs, augment, image_px, samples, cells)
+                rendered = _render_groups(groups, device, seed, inputs, augment, image_px, samples)
                 for number in range(variants):
                     yield done, number, rendered[number]
                 if on_progress is not None:
@@ -233,25 +223,20 @@ def _inputs_of(scene: Scene, views: Sequence[View], image_px: int, samples: int)
     """Input views as rendered, larger than the square they are to be framed into; None of none."""
     if not views:
         return None
-    size = round(image_px * INPUT_OVERSAMPLE)
-    return scene.render_torch(views, size, samples, straight_alpha=True, positions=True)
+    return scene.render_torch(views, round(image_px * INPUT_OVERSAMPLE), samples, straight_alpha=True)
 
 
-def _framed(
-    rendered: Sequence[ImageTensors | None], image_px: int, cells: int
-) -> tuple[Tensor, Tensor, list[bool]]:
-    """All of `_inputs_of` as pictures (N, P, P, 3), their surfaces, and of each whether it shows anything."""
+def _framed(rendered: Sequence[ImageTensors | None], image_px: int) -> tuple[Tensor, list[bool]]:
+    """All of `_inputs_of` as pictures (N, P, P, 3), and of each whether it shows anything."""
     images = [some for some in rendered if some is not None]
     if not images:
-        surface = torch.empty((0, SURFACE_CHANNELS, cells, cells), dtype=torch.float16)
-        return torch.empty((0, image_px, image_px, 3), dtype=torch.uint8), surface, []
+        return torch.empty((0, image_px, image_px, 3), dtype=torch.uint8), []
     together = ImageTensors(
         torch.cat([some.color for some in images]),
         torch.cat([some.normal for some in images]),
         torch.cat([some.alpha for some in images]),
-        torch.cat([some.position for some in images if some.position is not None]),
     )
-    return framed(together, image_px, cells)
+    return framed(together, image_px)
 
 
 def _render_groups(
@@ -262,7 +247,6 @@ def _render_groups(
     augment: bool,
     image_px: int,
     samples: int,
-    cells: int,
 ) -> dict[int, Variant]:
     """The variants of one object's groups by their number.
 
@@ -277,12 +261,12 @@ def _render_groups(
             shown = [view for _, plan in group.plans for view in plan.inputs]
             inputs.append(_inputs_of(scene, shown, image_px, samples))
     color, normal = torch.cat([shot.color for shot in targets]), torch.cat([shot.normal for shot in targets])
-    pictures, surface, seen = _framed(inputs, image_px, cells)
+    pictures, seen = _framed(inputs, image_px)
     rendered, unseen = dict[int, Variant](), set[int]()
     for k, (number, plan) in enumerate(plans):
         own, six = slice(k * num_inputs, (k + 1) * num_inputs), slice(k * NUM_VIEWS, (k + 1) * NUM_VIEWS)
         if all(seen[own]):
-            rendered[number] = _variant(color[six], normal[six], pictures[own], surface[own], plan)
+            rendered[number] = _variant(color[six], normal[six], pictures[own], plan)
         else:
             unseen.add(number)
     for group in groups:  # draw those again, from numbers of their own
@@ -290,17 +274,16 @@ def _render_groups(
             rng = variant_rng(seed, group.object.name, number, attempt=1)
             with Scene(group.object, device) as scene:
                 rendered[number] = render_variant(
-                    scene, rng, num_inputs, augment, image_px=image_px, samples=samples, cells=cells
+                    scene, rng, num_inputs, augment, image_px=image_px, samples=samples
                 )
     return rendered
 
 
-def _variant(color: Tensor, normal: Tensor, inputs: Tensor, surface: Tensor, plan: _Plan) -> Variant:
+def _variant(color: Tensor, normal: Tensor, inputs: Tensor, plan: _Plan) -> Variant:
     return Variant(
         color=color,
         normal=normal,
         inputs=inputs,
-        surface=surface,
         focal=np.array([view.camera.normalized_focal for view in plan.inputs], np.float32),
         elevation_deg=np.array([view.camera.elevation_deg for view in plan.inputs], np.float32),
     )

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from train.checkpoint import build_vae
-from train.lift import SURFACE_CHANNELS
 from train.model import Batch, MultiviewModel
 from train.normal_probe import NormalProbe
 from train.optimizer import is_matrix
@@ -122,7 +121,6 @@ def traced_activations(preset: Preset) -> int:
             image=torch.zeros(b, 3, shape.image_px, shape.image_px),
             image_latent=torch.zeros(b, channels, side, side),
             focal=torch.zeros(b),
-            surface=torch.zeros(b, SURFACE_CHANNELS, side, side),
         )
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)  # counted by itself

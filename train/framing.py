@@ -14,16 +14,11 @@ from train.render import ImageTensors
 from uc3d_rt.preprocess import SOLID, frame_of_box
 
 
-def framed(images: ImageTensors, image_px: int, cells: int) -> tuple[Tensor, Tensor, list[bool]]:
-    """Views of straight alpha as `frame_object` gives them, and what they show of the object's surface.
-
-    Args:
-        images: with their positions.
-        cells: of the surface along each side.
+def framed(images: ImageTensors, image_px: int) -> tuple[Tensor, list[bool]]:
+    """Views of straight alpha as `frame_object` gives them.
 
     Returns:
-        Pictures (N, image_px, image_px, 3) uint8 on the device; their surface (N, 7, cells, cells)
-        float16, as `train.lift` has it: coverage, position, normal; and of each view whether it shows
+        Pictures (N, image_px, image_px, 3) uint8 on the device; and of each view whether it shows
         anything to frame.
     """
     start, side, seen = _frames(images.alpha)
@@ -32,19 +27,7 @@ def framed(images: ImageTensors, image_px: int, cells: int) -> tuple[Tensor, Ten
     layers = torch.cat([((product >> 8) + product) >> 8, alpha], dim=-1)
     square = _resampled(layers.float(), start, side, image_px)
     pictures = (square[..., :3] + (255.0 - square[..., 3:])).clamp(0.0, 255.0)
-    return pictures.byte(), _surface(images, start, side, cells), seen
-
-
-def _surface(images: ImageTensors, start: Tensor, side: Tensor, cells: int) -> Tensor:
-    """Means over what of each cell is covered; (N, 7, cells, cells), zero where nothing is."""
-    assert images.position is not None
-    coverage = images.alpha[:, None].float() / 255.0
-    normal = images.normal.permute(0, 3, 1, 2).float() / 127.5 - 1.0  # of grey: no longer than 0.01
-    shown = torch.cat([images.position.permute(0, 3, 1, 2), normal], dim=1) * coverage
-    across, down = _weights(start, side, images.alpha.shape[1], cells).unbind(dim=1)
-    summed = down[:, None] @ torch.cat([coverage, shown], dim=1) @ across[:, None].mT
-    mean = summed[:, 1:] / summed[:, :1].clamp_min(1e-3)
-    return torch.cat([summed[:, :1].clamp(0.0, 1.0), mean], dim=1).half()
+    return pictures.byte(), seen
 
 
 def _frames(alpha: Tensor) -> tuple[Tensor, Tensor, list[bool]]:

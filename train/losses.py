@@ -15,10 +15,7 @@ RELATIVE_FLOOR = 0.1
 """Of an error's share of the mean error in `relative_weights`: no sample counts without limit."""
 
 NORMAL_SOFTNESS = 0.1
-"""In `_soft_angle`, radians: errors well below it count by their square."""
-
-POSITION_SOFTNESS = 0.05
-"""In `surface_loss`, units of the world: the same for distances."""
+"""In `normal_loss`, radians: errors well below it count by their square."""
 
 
 def noisy_latent(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -102,19 +99,11 @@ def outline_loss(logits: Tensor, truth: Tensor, where: Tensor) -> Tensor:
     return (lost * where).sum() / where.sum().clamp_min(1.0)
 
 
-def _soft_angle(normal: Tensor, truth: Tensor, dim: int) -> Tensor:
-    """Angles in radians, as the chord `|n - n^|` of unit normals, which is smooth.
-
-    It has no kink where both agree: `sqrt(|n - n^|^2 + s^2) - s` with `s = NORMAL_SOFTNESS`.
-    """
-    squared = (2.0 - 2.0 * F.cosine_similarity(normal, truth, dim=dim)).clamp_min(0.0)
-    return (squared + NORMAL_SOFTNESS**2).sqrt() - NORMAL_SOFTNESS
-
-
 def normal_loss(normal: Tensor, truth: Tensor, coverage: Tensor, where: Tensor) -> Tensor:
     """Mean angle between normals within the true silhouette, summed over views, mean over samples.
 
-    The angle is that of `_soft_angle`.
+    The angle in radians is taken as the chord `|n - n^|` of unit normals, which is smooth, and has no kink
+    where both agree: `sqrt(|n - n^|^2 + s^2) - s` with `s = NORMAL_SOFTNESS`.
 
     Args:
         normal: (b, V, 3, h, w) of any length.
@@ -122,30 +111,11 @@ def normal_loss(normal: Tensor, truth: Tensor, coverage: Tensor, where: Tensor) 
         coverage: (b, V, h, w) true coverage of each cell in [0, 1]; its weight.
         where: (b,) samples that count.
     """
-    angle = _soft_angle(normal.float(), truth.float(), dim=2)
+    cosine = F.cosine_similarity(normal.float(), truth.float(), dim=2)
+    squared = (2.0 - 2.0 * cosine).clamp_min(0.0)
+    angle = (squared + NORMAL_SOFTNESS**2).sqrt() - NORMAL_SOFTNESS
     mean = (angle * coverage).sum(dim=(2, 3)) / coverage.sum(dim=(2, 3)).clamp_min(1e-6)
     return (mean.sum(dim=1) * where).sum() / where.sum().clamp_min(1.0)
-
-
-def surface_loss(surface: Tensor, truth: Tensor, where: Tensor) -> Tensor:
-    """How far the surface that the picture shows is from its guess (`train.lift`), mean over samples.
-
-    The sum of the coverage's cross-entropy, the mean distance of positions, softened near zero, and the mean
-    `_soft_angle` of normals, both weighted by the true coverage.
-
-    Args:
-        surface: (b, 7, h, w): the logit of coverage, position, normal of any length.
-        truth: (b, 7, h, w): coverage in [0, 1], position, normal of any length.
-        where: (b,) samples that count.
-    """
-    guess, truth = surface.float(), truth.float()
-    coverage = truth[:, 0]
-    outline = F.binary_cross_entropy_with_logits(guess[:, 0], coverage, reduction="none").mean(dim=(1, 2))
-    squared = (guess[:, 1:4] - truth[:, 1:4]).square().sum(dim=1)
-    distance = (squared + POSITION_SOFTNESS**2).sqrt() - POSITION_SOFTNESS
-    angle = _soft_angle(guess[:, 4:], truth[:, 4:], dim=1)
-    mean = ((distance + angle) * coverage).sum(dim=(1, 2)) / coverage.sum(dim=(1, 2)).clamp_min(1e-6)
-    return ((outline + mean) * where).sum() / where.sum().clamp_min(1.0)
 
 
 def variance_loss(features: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from train.image_encoder import ImageEncoder
 from train.input_augment import augmented_pictures
-from train.lift import pooled_surface
 from train.losses import (
     diffusion_loss,
     mutual_information_loss,
@@ -17,7 +16,6 @@ from train.losses import (
     normal_loss,
     outline_loss,
     predicted_z_0,
-    surface_loss,
     variance_loss,
 )
 from train.multiview_unet import MultiviewUNet
@@ -35,7 +33,6 @@ class Batch:
     image: Tensor  # (b, 3, H, W) input views in [0, 1]
     image_latent: Tensor  # (b, 4, h, w) E(y)
     focal: Tensor  # (b,) f~
-    surface: Tensor | None = None  # (b, 7, h, w) coverage, position, normal of the input view; for L_surface
 
 
 def timesteps(uniform: Tensor, train_steps: int, bias: float, last_share: float = 0.0) -> Tensor:
@@ -102,9 +99,8 @@ class MultiviewModel(nn.Module):
             eps = torch.cat([eps, extra.expand(-1, drawn, *extra.shape[2:]).flatten(0, 1)])
 
         image, image_latent = batch.image, batch.image_latent
-        surface = batch.surface if weights.lambda_surface > 0 else None
         if spec.input_augment > 0:
-            image, surface = augmented_pictures(image, surface, generator, spec.input_augment)
+            image = augmented_pictures(image, generator, spec.input_augment)
             with torch.no_grad():
                 image_latent = vae.encode(image).to(image_latent.dtype)
         keep = (~drop).to(batch.z_0.dtype)
@@ -116,7 +112,6 @@ class MultiviewModel(nn.Module):
         prediction = self.unet(z_t.flatten(0, 1), t.float(), tokens[rows], image_latent[rows], focal)
         prediction = prediction.reshape(z_0.shape).float()
         features, self.unet.mid_features = self.unet.mid_features, None  # not kept: it holds the graph
-        guessed_surface, self.unet.surface = self.unet.surface, None
 
         kind = self.preset.schedule.prediction
         last = (t == self.preset.schedule.train_steps - 1) & keep[rows].bool()  # with their picture
@@ -136,11 +131,6 @@ class MultiviewModel(nn.Module):
             if weights.lambda_normal > 0:
                 losses["normal"] = normal_loss(cells[:, :, 1:], truth[:, :, 1:], coverage, last)
                 total = total + weights.lambda_normal * losses["normal"]
-        if weights.lambda_surface > 0:
-            assert guessed_surface is not None and surface is not None
-            true_surface = pooled_surface(surface, guessed_surface.shape[-1])
-            losses["surface"] = surface_loss(guessed_surface[:b], true_surface, keep)
-            total = total + weights.lambda_surface * losses["surface"]
         if weights.lambda_var > 0:
             assert features is not None
             features = features.reshape(rows.numel(), z_0.shape[1], -1)

@@ -21,7 +21,7 @@ from train.options import (
     training_objects,
     vae_option,
 )
-from train.presets import PRESETS, with_lift, with_train
+from train.presets import PRESETS, with_train
 
 
 @click.command()
@@ -73,17 +73,6 @@ from train.presets import PRESETS, with_lift, with_train
 )
 @click.option("--lambda-outline", type=float, help="Weight of the loss on silhouettes at t = T - 1.")
 @click.option("--lambda-normal", type=float, help="Weight of the loss on decoded normals at t = T - 1.")
-@click.option(
-    "--lambda-surface", type=float, help="Weight of the loss on where the picture's cells lie; needs a lift."
-)
-@click.option(
-    "--lift-channels",
-    type=click.IntRange(min=0),
-    help="Learned values that the picture's cells take into the views; 0: no lift. Default: the profile's.",
-)
-@click.option(
-    "--encoder-layers", type=click.IntRange(min=1), help="Of the image encoder; default: the profile's."
-)
 @seed_option
 @click.option("--save-every", default=1000, show_default=True, help="Steps between checkpoints.")
 @click.option("--sheet-every", default=1000, show_default=True, help="Steps between sample sheets.")
@@ -122,8 +111,7 @@ def model(
     split_cache: bool, objects: Path | None, out: Path | None, steps: int | None, minutes: float | None,
     batch: int | None, lr: float | None, lambda_var: float | None, lambda_mi: float | None,
     relative_power: float | None, last_share: float | None, lambda_outline: float | None,
-    lambda_normal: float | None, lambda_surface: float | None, lift_channels: int | None,
-    encoder_layers: int | None, input_augment: float | None, weight_decay: float | None, seed: int,
+    lambda_normal: float | None, input_augment: float | None, weight_decay: float | None, seed: int,
     save_every: int, sheet_every: int, compile_: str | None, cuda_graphs: bool, bf16_gradients: bool,
     growing_cache: bool, gradient_checkpointing: bool | None, resume: bool, start_from: Path | None,
     shard: bool, dry_run: bool, processes: int | None, step_seconds: float | None,
@@ -160,21 +148,15 @@ def model(
         raise click.UsageError("--cuda-graphs is for CUDA devices, with --compile unet and without --shard")
     state, unet = process_state(), None
     with plain_errors():
-        base = PRESETS[profile]
-        if lift_channels is not None:
-            base = with_lift(base, lift_channels)
-        if encoder_layers is not None:
-            base = replace(base, encoder=replace(base.encoder, layers=encoder_layers))
-        losses = base.train.losses
+        losses = PRESETS[profile].train.losses
         chosen = {
             "lambda_var": lambda_var, "lambda_mi": lambda_mi,
             "relative_power": relative_power,
             "lambda_outline": lambda_outline, "lambda_normal": lambda_normal,
-            "lambda_surface": lambda_surface,
         }  # fmt: skip
         losses = replace(losses, **{name: value for name, value in chosen.items() if value is not None})
         preset = with_train(
-            base, batch=batch, steps=steps, lr=lr, last_share=last_share, losses=losses,
+            PRESETS[profile], batch=batch, steps=steps, lr=lr, last_share=last_share, losses=losses,
             input_augment=input_augment, weight_decay=weight_decay,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip

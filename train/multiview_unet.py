@@ -1,8 +1,7 @@
 """The multiview UNet: a diffusers UNet whose transformer blocks also talk across views by rows.
 
 Six views of a sample are six entries of the batch, views varying fastest: `(b v) c h w`.  The
-input of a view is `[z_t (8); E(y) (4)]`, the output 8 channels, colour then normal (Sec. 3.2); with
-`UNetSpec.lift_channels` also what `train.lift` lays into it of the picture.
+input of a view is `[z_t (8); E(y) (4)]`, the output 8 channels, colour then normal (Sec. 3.2).
 The input picture goes through the network as a seventh view; self-attention of the six sees its
 tokens beside their own (reference attention, as in Zero123++).  What it becomes is dropped.
 The same code builds the small `edge` network and widens a pretrained SDXL UNet.
@@ -19,7 +18,6 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.lift import Lift, lift_channels
 from train.presets import UNetSpec
 
 PLACE_FREQUENCIES = 4
@@ -136,10 +134,6 @@ class MultiviewUNet(nn.Module):
         nn.init.normal_(self.view_embedding.weight, std=0.02)
         nn.init.zeros_(self.focal_embedding[2].weight)
         nn.init.zeros_(self.focal_embedding[2].bias)
-        self.lift: Lift | None = None
-        if spec.lift_channels:
-            self.lift = Lift(spec.token_dim, spec.lift_channels)
-        self.surface: Tensor | None = None  # of the last pass, as `Lift` gives it
         self.mid_features: Tensor | None = None  # ((b v), c, h, w) of the last pass, for L_var (Eq. 11)
         self.unet.mid_block.register_forward_hook(self._keep_mid_features)
 
@@ -174,12 +168,9 @@ class MultiviewUNet(nn.Module):
         # The picture as a view: E(y) in the place of its noisy colour, nothing in that of its normals.
         picture = torch.cat([image_latent, torch.zeros_like(image_latent)], dim=1)
         views = torch.cat([sample.unflatten(0, (-1, v)), picture[:, None]], dim=1)
-        beside = [image_latent.repeat_interleave(v + 1, dim=0)]
-        if self.lift is not None:
-            lifted, self.surface = self.lift(tokens, image_latent)
-            beside.append(lifted.flatten(0, 1).to(image_latent.dtype))
+        beside = image_latent.repeat_interleave(v + 1, dim=0)
         out = self.unet(
-            torch.cat([views.flatten(0, 1), *beside], dim=1),
+            torch.cat([views.flatten(0, 1), beside], dim=1),
             timestep.repeat_interleave(v + 1, dim=0),
             encoder_hidden_states=tokens,
             class_labels=condition,
@@ -196,7 +187,7 @@ def build_unet(spec: UNetSpec) -> UNet2DConditionModel:
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))
     return UNet2DConditionModel(
         sample_size=spec.latent_px,
-        in_channels=3 * spec.latent_channels + lift_channels(spec.latent_channels, spec.lift_channels),
+        in_channels=3 * spec.latent_channels,
         out_channels=2 * spec.latent_channels,
         block_out_channels=spec.channels,
         down_block_types=down,
@@ -224,10 +215,8 @@ def insert_row_attention(module: nn.Module, views: int) -> int:
     return count
 
 
-def widen_unet(
-    unet: UNet2DConditionModel, latent_channels: int, token_dim: int, lifted: int = 0
-) -> UNet2DConditionModel:
-    """Turn a text-to-image UNet (SDXL) into `[z_t; E(y); lifted] -> 2 x latent_channels`, in place.
+def widen_unet(unet: UNet2DConditionModel, latent_channels: int, token_dim: int) -> UNet2DConditionModel:
+    """Turn a text-to-image UNet (SDXL) into `[z_t; E(y)] -> 2 x latent_channels`, in place.
 
     The old weights are kept; new input channels start at zero, so that the widened network first
     computes what the pretrained one did on the colour half, but that views also see the picture's
@@ -243,7 +232,7 @@ def widen_unet(
             f"encoder makes {token_dim}; set EncoderSpec.token_dim"
         )
     old_in, old_out = unet.conv_in, unet.conv_out
-    conv_in = nn.Conv2d(3 * latent_channels + lifted, old_in.out_channels, 3, padding=1)
+    conv_in = nn.Conv2d(3 * latent_channels, old_in.out_channels, 3, padding=1)
     conv_out = nn.Conv2d(old_out.in_channels, 2 * latent_channels, 3, padding=1)
     with torch.no_grad():
         for new in (conv_in, conv_out):
@@ -257,7 +246,7 @@ def widen_unet(
     unet.class_embedding = nn.Identity()
     unet.add_embedding = None
     unet.register_to_config(
-        in_channels=3 * latent_channels + lifted,
+        in_channels=3 * latent_channels,
         out_channels=2 * latent_channels,
         class_embed_type="identity",
         addition_embed_type=None,

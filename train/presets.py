@@ -24,7 +24,6 @@ class UNetSpec:
     views: int = NUM_VIEWS
     focal_frequencies: int = 6
     transformer_layers: tuple[int, ...] = ()  # transformer blocks in a row, a level; empty = 1 each
-    lift_channels: int = 0  # learned values a cell takes into the views (train/lift.py); 0 = no lift
 
     def __post_init__(self) -> None:
         if self.transformer_layers and len(self.transformer_layers) != len(self.channels):
@@ -35,8 +34,6 @@ class UNetSpec:
             raise ValueError(f"channels {self.channels} must be multiples of norm_groups={self.norm_groups}")
         if self.latent_px % 2 ** (len(self.channels) - 1):
             raise ValueError(f"latent_px={self.latent_px} cannot be halved {len(self.channels) - 1} times")
-        if self.lift_channels < 0:
-            raise ValueError(f"lift_channels must be 0 or more, got {self.lift_channels}")
 
 
 @dataclass(frozen=True)
@@ -116,14 +113,14 @@ class LossWeights:
     relative_power: float = 0.0  # at t = T - 1: errors are divided by this power of themselves; 0 = Eq. 9
     lambda_outline: float = 0.0  # at t = T - 1: on the silhouettes that the predicted z_0 decodes to
     lambda_normal: float = 0.0  # at t = T - 1: on the angles of the normals that it decodes to
-    lambda_surface: float = 0.0  # on where the picture's cells lie, as the lift guesses it
 
     def __post_init__(self) -> None:
         if not (self.lambda_var >= 0 and self.lambda_mi >= 0 and self.temperature > 0):
             raise ValueError(f"loss weights must be 0 or more and the temperature positive, got {self}")
-        others = self.lambda_outline, self.lambda_normal, self.lambda_surface
-        if not (0 <= self.relative_power <= 1 and min(others) >= 0):
-            raise ValueError(f"relative_power must be 0 to 1, the weights of other losses 0 or more: {self}")
+        if not (0 <= self.relative_power <= 1 and self.lambda_outline >= 0 and self.lambda_normal >= 0):
+            raise ValueError(
+                f"relative_power must be 0 to 1, lambda_outline and lambda_normal 0 or more: {self}"
+            )
         if self.lambda_var > 0 and (self.var_draws < 2 or self.var_objects < 1):
             raise ValueError(f"L_var needs var_draws >= 2 of var_objects >= 1, got {self}")
         if self.lambda_mi > 0 and (self.mi_objects < 2 or self.mi_views < 1):
@@ -207,8 +204,6 @@ class Preset:
         ):
             if a != b:
                 raise ValueError(f"preset {self.name!r}: two parts disagree on {name}: {a} and {b}")
-        if self.train.losses.lambda_surface > 0 and not self.unet.lift_channels:
-            raise ValueError(f"preset {self.name!r}: lambda_surface needs a UNet with lift_channels")
 
     @property
     def shape(self) -> ModelShape:
@@ -340,11 +335,6 @@ SDXL = Preset(
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (EDGE, TOY, SDXL)}
-
-
-def with_lift(preset: Preset, channels: int) -> Preset:
-    """The preset with a lift that carries that many learned values (`train.lift`); 0 takes it away."""
-    return replace(preset, unet=replace(preset.unet, lift_channels=channels))
 
 
 def with_train(preset: Preset, **changes: Any) -> Preset:

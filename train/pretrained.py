@@ -17,7 +17,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from train.checkpoint import CheckpointError
-from train.lift import lift_channels
 from train.multiview_unet import build_unet, widen_unet
 from train.presets import KlVaeSpec, UNetSpec
 
@@ -75,8 +74,7 @@ def load_sdxl_unet(folder: Path, spec: UNetSpec) -> UNet2DConditionModel:
     with torch.device("meta"):
         expected = build_unet(spec)
     _check_config(folder / "unet", unet.config, expected.config, REPLACED)
-    lifted = lift_channels(spec.latent_channels, spec.lift_channels)
-    return widen_unet(unet, spec.latent_channels, spec.token_dim, lifted)
+    return widen_unet(unet, spec.latent_channels, spec.token_dim)
 
 
 def load_sdxl_vae(folder: Path, spec: KlVaeSpec) -> KlVae:

@@ -24,7 +24,6 @@ import warp as wp
 from numpy.typing import NDArray
 
 from train.objects import Object, srgb_to_linear
-from train.texels import Surface, byte_from_unit, sampled_texture, srgb_from_linear
 from uc3d_rt.views import HALF_WINDOW, Camera, camera_axes
 
 FloatArray = NDArray[np.float32]
@@ -88,7 +87,6 @@ class ImageTensors:
     color: torch.Tensor  # (N, H, W, 3) uint8
     normal: torch.Tensor  # (N, H, W, 3) uint8
     alpha: torch.Tensor  # (N, H, W) uint8
-    position: torch.Tensor | None = None  # (N, H, W, 3) float32, world; mean of what was hit, zero elsewhere
 
     def to_host(self) -> Images:
         """Wait for the device and copy."""
@@ -105,8 +103,6 @@ class RayView:
     direction: wp.vec3
     direction_du: wp.vec3
     direction_dv: wp.vec3
-    placement: wp.mat33  # of the object in the world, with `offset`
-    offset: wp.vec3
     normal_matrix: wp.mat33
     albedo_matrix: wp.mat33
     light: wp.vec3
@@ -114,6 +110,21 @@ class RayView:
     ambient: wp.float32
     key: wp.float32
     wrap: wp.float32
+
+
+@wp.struct
+class Surface:
+    """A material as the kernel wants it."""
+
+    factor: wp.vec3
+    alpha_cutoff: wp.float32
+    x: wp.int32
+    y: wp.int32
+    width: wp.int32  # 0: no texture
+    height: wp.int32
+    repeat_u: wp.int32
+    repeat_v: wp.int32
+    nearest: wp.int32
 
 
 # Made once, not for every launch.
@@ -127,6 +138,72 @@ TILE_W, TILE_H = wp.constant(_TILE_W), wp.constant(_TILE_H)
 """Pixels are numbered tile by tile, so that the rays of one CUDA warp stay together."""
 
 _DECODE = srgb_to_linear(np.arange(256) / 255.0).astype(np.float32)  # sRGB byte -> linear
+
+
+@wp.func
+def srgb_from_linear(x: wp.float32):
+    c = wp.clamp(x, 0.0, 1.0)
+    encoded = 12.92 * c
+    if c > 0.0031308:
+        encoded = 1.055 * wp.pow(c, 1.0 / 2.4) - 0.055
+    return encoded
+
+
+@wp.func
+def byte_from_unit(x: wp.float32):
+    return wp.uint8(wp.int32(wp.clamp(x, 0.0, 1.0) * 255.0 + 0.5))
+
+
+@wp.func
+def wrapped_texel(i: wp.int32, size: wp.int32, repeat: wp.int32):
+    j = wp.clamp(i, 0, size - 1)
+    if repeat != 0:
+        j = i - wp.int32(wp.floor(wp.float32(i) / wp.float32(size))) * size
+        j = wp.clamp(j, 0, size - 1)
+    return j
+
+
+@wp.func
+def texel(
+    texture: wp.array3d(dtype=wp.uint8),
+    decode: wp.array(dtype=wp.float32),
+    s: Surface,
+    x: wp.int32,
+    y: wp.int32,
+):
+    """Linear colour and alpha of one texel, rows counted from the tile's top."""
+    column = s.x + wrapped_texel(x, s.width, s.repeat_u)
+    row = s.y + wrapped_texel(y, s.height, s.repeat_v)
+    return wp.vec4(
+        decode[wp.int32(texture[row, column, 0])],
+        decode[wp.int32(texture[row, column, 1])],
+        decode[wp.int32(texture[row, column, 2])],
+        wp.float32(texture[row, column, 3]) / 255.0,
+    )
+
+
+@wp.func
+def sampled_texture(
+    texture: wp.array3d(dtype=wp.uint8), decode: wp.array(dtype=wp.float32), s: Surface, uv: wp.vec2
+):
+    """Bilinear look-up in linear light; `uv` has its origin at the lower left."""
+    u = uv[0]
+    v = 1.0 - uv[1]
+    if s.repeat_u != 0:
+        u = u - wp.floor(u)
+    if s.repeat_v != 0:
+        v = v - wp.floor(v)
+    x = wp.clamp(u, -1.0, 2.0) * wp.float32(s.width)
+    y = wp.clamp(v, -1.0, 2.0) * wp.float32(s.height)
+    if s.nearest != 0:
+        return texel(texture, decode, s, wp.int32(wp.floor(x)), wp.int32(wp.floor(y)))
+    x0 = wp.int32(wp.floor(x - 0.5))
+    y0 = wp.int32(wp.floor(y - 0.5))
+    fx = x - 0.5 - wp.float32(x0)
+    fy = y - 0.5 - wp.float32(y0)
+    top = (1.0 - fx) * texel(texture, decode, s, x0, y0) + fx * texel(texture, decode, s, x0 + 1, y0)
+    low = (1.0 - fx) * texel(texture, decode, s, x0, y0 + 1) + fx * texel(texture, decode, s, x0 + 1, y0 + 1)
+    return (1.0 - fy) * top + fy * low
 
 
 @wp.kernel(enable_backward=False)
@@ -146,7 +223,6 @@ def render_pixels(
     color: wp.array4d(dtype=wp.uint8),
     normal: wp.array4d(dtype=wp.uint8),
     alpha: wp.array3d(dtype=wp.uint8),
-    position: wp.array4d(dtype=wp.float32),  # of size 0 if nobody asks
 ):
     size = color.shape[1]
     tiles_x = (size + TILE_W - 1) / TILE_W
@@ -162,7 +238,6 @@ def render_pixels(
     v = views[view]
     color_sum = wp.vec3(0.0, 0.0, 0.0)
     normal_sum = wp.vec3(0.0, 0.0, 0.0)
-    position_sum = wp.vec3(0.0, 0.0, 0.0)
     hits = wp.int32(0)
     step = 2.0 / wp.float32(size * samples)
     for sample in range(samples * samples):
@@ -181,7 +256,6 @@ def render_pixels(
         if wp.length_sq(start + nearest * ray) > radius * radius:
             continue
         found = wp.bool(False)
-        hit = wp.vec3(0.0, 0.0, 0.0)
         face_normal = wp.vec3(0.0, 0.0, 0.0)
         base = wp.vec3(0.0, 0.0, 0.0)
         for _layer in range(MAX_CUTOUTS):
@@ -205,7 +279,6 @@ def render_pixels(
                     base, b0 * corner_color[f, 0] + b1 * corner_color[f, 1] + b2 * corner_color[f, 2]
                 )
             face_normal = query.normal
-            hit = start + query.t * ray
             if opaque:
                 found = True
                 break
@@ -220,7 +293,6 @@ def render_pixels(
             for c in range(3):
                 color_sum[c] += srgb_from_linear(wp.clamp(albedo[c], 0.0, 1.0) * shading * v.gain[c])
             normal_sum += n
-            position_sum += v.placement * hit + v.offset
             hits += 1
 
     total = samples * samples
@@ -238,9 +310,6 @@ def render_pixels(
     for c in range(3):
         color[view, py, px, c] = byte_from_unit(shade[c])
         normal[view, py, px, c] = byte_from_unit(0.5 * n[c] + 0.5)
-    if position.shape[0] > 0:
-        for c in range(3):
-            position[view, py, px, c] = position_sum[c] / wp.float32(wp.max(hits, 1))
 
 
 class Scene:
@@ -305,9 +374,8 @@ class Scene:
         return self.render_torch(views, size_px, samples, straight_alpha=straight_alpha).to_host()
 
     def render_torch(
-        self, views: Sequence[View], size_px: int = 256, samples: int = 2, *, straight_alpha: bool = False,
-        positions: bool = False,
-    ) -> ImageTensors:  # fmt: skip
+        self, views: Sequence[View], size_px: int = 256, samples: int = 2, *, straight_alpha: bool = False
+    ) -> ImageTensors:
         """All views in one launch, `samples * samples` rays a pixel.
 
         Args:
@@ -316,7 +384,6 @@ class Scene:
             samples: rays along each side of a pixel.
             straight_alpha: colour of the surface alone (white where there is none) instead of
                 the colour composited on white.
-            positions: also tell where in the world each pixel's surface lies.
 
         Raises:
             ValueError: no view, a size below 1, or a placement that cannot be inverted.
@@ -330,22 +397,20 @@ class Scene:
         color = torch.empty((count, size_px, size_px, 3), dtype=torch.uint8, device=self.torch_device)
         normal = torch.empty_like(color)
         alpha = torch.empty((count, size_px, size_px), dtype=torch.uint8, device=self.torch_device)
-        shape = (count, size_px, size_px, 3) if positions else (0, 0, 0, 0)
-        position = torch.empty(shape, dtype=torch.float32, device=self.torch_device)
         pixels = math.ceil(size_px / _TILE_W) * math.ceil(size_px / _TILE_H) * _TILE_W * _TILE_H
         with self._stream():
             tail = (
                 self._mesh.id, self._radius, self._corner_uv, self._corner_color, self._face_material,
                 self._materials, self._texture, self._decode,
                 wp.array(rows, dtype=RayView, device=self.device), samples, int(straight_alpha),
-                wp.from_torch(color), wp.from_torch(normal), wp.from_torch(alpha), wp.from_torch(position),
+                wp.from_torch(color), wp.from_torch(normal), wp.from_torch(alpha),
             )  # fmt: skip
             if self.device.is_cpu:
                 _launch_on_threads(count, pixels, tail)
             else:
                 wp.launch(render_pixels, dim=count * pixels, inputs=[0, *tail], device=self.device)
             del tail  # freed in this stream's order, after the launch
-        return ImageTensors(color, normal, alpha, position if positions else None)
+        return ImageTensors(color, normal, alpha)
 
     def _stream(self) -> wp.ScopedStream:
         stream = None
@@ -397,7 +462,6 @@ def _ray_views(views: Sequence[View]) -> NDArray[Any]:
         np.where(perspective, du, 0.0),
         np.where(perspective, dv, 0.0),
     )
-    rows["placement"], rows["offset"] = placement[:, :, :3], placement[:, :, 3]
     rows["normal_matrix"] = inverse.transpose(0, 2, 1)
     rows["albedo_matrix"] = [np.asarray(view.color_matrix) * view.brightness for view in views]
     rows["light"] = lights[:, :3] / np.linalg.norm(lights[:, :3], axis=1, keepdims=True)

@@ -24,7 +24,6 @@ from train.average import full_average, update_average
 from train.cache import WHOLE, Cache, reload_cache, shard_names
 from train.checkpoint import (
     CheckpointError,
-    begin_with,
     differences,
     load_state,
     load_weights,
@@ -154,9 +153,7 @@ def train_model(
         mend = "restore the checkpoint from a copy, or train again"
         load_weights(model, folder / "model.safetensors", mend)
     elif options.start_from is not None:
-        mend = "give the folder of a checkpoint"
-        if new := begin_with(model, options.start_from / "ema.safetensors", mend):
-            accelerator.print(f"new, beside the weights of {options.start_from}: {', '.join(new)}")
+        load_weights(model, options.start_from / "ema.safetensors", "give the folder of a checkpoint")
     sharded = options.shard or accelerator.distributed_type == DistributedType.FSDP
     if sharded:
         if spec.optimizer != "adamw" or options.bf16_gradients:

@@ -15,12 +15,8 @@ from export.__main__ import cli
 from export.networks import example_tensors, load_networks
 from export.onnx_bundle import ParityError, export_bundle, parity_error, run_onnx
 from export.typed_graph import cpu_session
-from tests.train.shapes import LIFTED
-from train.checkpoint import save_checkpoint
 from train.merge import merge_checkpoints
-from train.model import MultiviewModel
 from train.presets import TOY
-from train.vae import Vae
 from uc3d_rt.contract import NETWORK_NAMES, SamplingDefaults, load_manifest, network_specs, sha256_of
 
 
@@ -199,24 +195,3 @@ def test_a_checkpoint_of_another_profile_is_refused(
     assert refused.exit_code == 1 and "is of profile 'toy', not 'sdxl'" in refused.output
     assert not (tmp_path / "out").exists()
     assert run("toy").exit_code == 0 and load_manifest(tmp_path / "out").profile == "toy"
-
-
-def test_a_lift_is_part_of_the_unet(tmp_path: Path) -> None:
-    """Its splats go through ONNX too; the contract is the same."""
-    torch.manual_seed(1)
-    model, vae = MultiviewModel(LIFTED), Vae(LIFTED.vae)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    ema = {name: value.detach() for name, value in model.state_dict().items()}
-    state = {"step": 1, "batch": 8, "seed": 0, "history": []}
-    save_checkpoint(
-        tmp_path / "run", preset=LIFTED, model=model, ema=ema, vae=vae, optimizers=(), state=state
-    )
-    preset, networks = load_networks(tmp_path / "run")
-    assert preset.unet == LIFTED.unet
-    onnx_bundle.export_network(preset, "unet", networks["unet"], tmp_path / "unet.onnx")
-    assert parity_error(preset, "unet", networks["unet"], tmp_path / "unet.onnx") < 1e-5
-    inputs = [value.name for value in onnx.load(tmp_path / "unet.onnx").graph.input]
-    assert inputs == [spec.name for spec in network_specs(TOY.shape)["unet"].inputs]

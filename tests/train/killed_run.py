@@ -29,7 +29,6 @@ def random_cache(objects: int = 5) -> LatentCache:
         image=torch.randint(0, 256, (objects, 1, 32, 32, 3), dtype=torch.uint8, generator=generator),
         image_latent=torch.randn((objects, 1, 4, 8, 8), generator=generator).half(),
         focal=torch.rand((objects, 1), generator=generator),
-        surface=torch.rand((objects, 1, 7, 8, 8), generator=generator).half(),
         objects=objects,
     )
 

@@ -1,4 +1,4 @@
-"""Objects and a preset for tests, made here."""
+"""Objects for tests, made here."""
 
 from dataclasses import replace
 
@@ -6,11 +6,6 @@ import numpy as np
 import trimesh
 
 from train.objects import Material, Object, normalized
-from train.presets import TOY, with_lift, with_train
-
-LIFTED = with_lift(TOY, 4)
-LIFTED = with_train(LIFTED, losses=replace(LIFTED.train.losses, lambda_surface=1.0))
-"""The toy with a lift."""
 
 
 def thing(

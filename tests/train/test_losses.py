@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.train.shapes import LIFTED
 from train import model as model_module
 from train.losses import (
     diffusion_loss,
@@ -19,7 +18,6 @@ from train.losses import (
     outline_loss,
     predicted_z_0,
     relative_weights,
-    surface_loss,
     variance_loss,
     velocity,
 )
@@ -193,7 +191,7 @@ def test_gradients_against_finite_differences(loss: Callable[[Tensor], Tensor]) 
 
 
 def toy(drop_image: float = 0.1, **losses: float) -> Preset:
-    return with_train(LIFTED, drop_image=drop_image, losses=replace(LIFTED.train.losses, **losses))
+    return with_train(TOY, drop_image=drop_image, losses=replace(TOY.train.losses, **losses))
 
 
 def batch_of(b: int, preset: Preset = TOY) -> Batch:
@@ -209,9 +207,6 @@ def batch_of(b: int, preset: Preset = TOY) -> Batch:
         image=torch.rand((b, 3, shape.image_px, shape.image_px), generator=generator),
         image_latent=normal(b, c, side, side),
         focal=torch.linspace(0.5, 3.0, b),
-        surface=torch.cat(
-            [torch.rand((b, 1, side, side), generator=generator), normal(b, 6, side, side)], dim=1
-        ),
     )
 
 
@@ -223,8 +218,8 @@ class Spy:
         model, vae = MultiviewModel(preset), Vae(preset.vae).eval().requires_grad_(False)
         self.calls: dict[str, tuple] = {}
         watched = (
-            "noisy_latent", "diffusion_loss", "outline_loss", "normal_loss", "surface_loss",
-            "variance_loss", "mutual_information_loss",
+            "noisy_latent", "diffusion_loss", "outline_loss", "normal_loss", "variance_loss",
+            "mutual_information_loss",
         )  # fmt: skip
         for name in watched:
             monkeypatch.setattr(model_module, name, self.watch(name, getattr(model_module, name)))
@@ -398,34 +393,6 @@ def test_normal_loss_is_the_mean_angle_within_the_silhouette(rng: np.random.Gene
     assert same.grad is not None and torch.isfinite(same.grad).all()
 
 
-def test_surface_loss_is_its_three_parts(rng: np.random.Generator) -> None:
-    guess, truth = rng.normal(size=(2, B, 7, 5, 5))
-    cover = truth[:, 0] = rng.random((B, 5, 5)) * (rng.random((B, 5, 5)) > 0.3)
-    p = 1 / (1 + np.exp(-guess[:, 0]))
-    outline = -(cover * np.log(p) + (1 - cover) * np.log(1 - p)).mean((1, 2))
-    distance = np.sqrt(((guess[:, 1:4] - truth[:, 1:4]) ** 2).sum(1) + 0.05**2) - 0.05
-    units = [n[:, 4:] / np.linalg.norm(n[:, 4:], axis=1, keepdims=True) for n in (guess, truth)]
-    chord = np.sqrt(((units[0] - units[1]) ** 2).sum(1) + 0.1**2) - 0.1
-    each = outline + ((distance + chord) * cover).sum((1, 2)) / cover.sum((1, 2))
-    some = torch.tensor([1.0, 0.0, 1.0])
-    found = surface_loss(double(guess), double(truth), some)
-    assert float(found) == pytest.approx(each[[0, 2]].mean(), rel=1e-5)
-    assert float(surface_loss(double(guess), double(truth), 0.0 * some)) == 0
-    nothing = double(truth * 0.0)
-    assert torch.isfinite(surface_loss(double(guess), nothing, some))
-
-
-def test_surface_loss_sees_the_drawn_objects_with_their_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    spy = Spy(with_train(toy(), drop_image=0.5), 12, monkeypatch)
-    guess, truth, where = spy.calls["surface_loss"]
-    tokens = spy.calls["unet"][2][:12]
-    assert torch.equal(where.bool(), tokens.abs().sum(dim=(1, 2)) > 0) and 0 < where.sum() < 12
-    assert guess.shape == truth.shape == (12, 7, 8, 8)
-    torch.testing.assert_close(truth, spy.batch.surface)
-    again = spy.model.unet.lift(tokens, spy.calls["unet"][3][:12])[1]
-    torch.testing.assert_close(guess, again)
-
-
 def test_terms_at_the_last_timestep_see_its_samples_with_their_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -448,34 +415,27 @@ def test_terms_at_the_last_timestep_see_its_samples_with_their_picture(
     assert coverage is truth
     losses = spy.losses
     total = losses["diffusion"] + 0.01 * losses["var"] + 0.05 * losses["mi"]
-    total = total + 0.3 * losses["outline"] + 0.2 * losses["normal"] + 1.0 * losses["surface"]
+    total = total + 0.3 * losses["outline"] + 0.2 * losses["normal"]
     torch.testing.assert_close(losses["total"], total)
 
 
 def test_eq_18_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = Spy(toy(lambda_var=0.3, lambda_mi=0.7, lambda_surface=0.4), 6, monkeypatch).losses
-    total = losses["diffusion"] + 0.3 * losses["var"] + 0.7 * losses["mi"] + 0.4 * losses["surface"]
+    losses = Spy(toy(lambda_var=0.3, lambda_mi=0.7), 6, monkeypatch).losses
+    total = losses["diffusion"] + 0.3 * losses["var"] + 0.7 * losses["mi"]
     torch.testing.assert_close(losses["total"], total)
     assert (LossWeights().lambda_var, LossWeights().lambda_mi) == (0.01, 0.05)  # Sec. 4.1.3
 
 
 @pytest.mark.parametrize(
-    "off",
-    [
-        {"lambda_var": 0.0},
-        {"lambda_mi": 0.0},
-        {"lambda_surface": 0.0},
-        {"lambda_var": 0.0, "lambda_mi": 0.0, "lambda_surface": 0.0},
-    ],
+    "off", [{"lambda_var": 0.0}, {"lambda_mi": 0.0}, {"lambda_var": 0.0, "lambda_mi": 0.0}]
 )
 def test_a_term_of_weight_zero_costs_nothing(off: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(toy(**off), 6, monkeypatch)
     assert ("var" in spy.losses) == ("lambda_var" not in off)
     assert ("mi" in spy.losses) == ("lambda_mi" not in off)
-    assert ("surface" in spy.losses) == ("lambda_surface" not in off)
     # K draws are made for L_Var alone.
     assert spy.calls["unet"][1].shape[0] == (6 if "lambda_var" in off else 10)
-    if len(off) == 3:
+    if len(off) == 2:
         assert torch.equal(spy.losses["total"], spy.losses["diffusion"])
         assert len(set(spy.calls["unet"][1].tolist())) > 1
 

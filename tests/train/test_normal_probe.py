@@ -47,7 +47,6 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> LatentCache:
         image=torch.randint(0, 256, (40, 1, 32, 32, 3), dtype=torch.uint8, generator=generator),
         image_latent=torch.randn((40, 1, 4, 8, 8), generator=generator).half(),
         focal=torch.zeros(40, 1),
-        surface=torch.rand((40, 1, 7, 8, 8), generator=generator).half(),
         objects=40,
     )
 

@@ -13,7 +13,6 @@ from export.networks import load_networks
 from train.__main__ import cli
 from train.cache import vae_fingerprint
 from train.checkpoint import CheckpointError, build_vae, load_vae, save_vae
-from train.lift import lift_channels
 from train.model import MultiviewModel
 from train.multiview_unet import MultiviewUNet, build_unet
 from train.presets import (
@@ -198,11 +197,9 @@ def test_sdxl_trains_through_the_same_command(
         "image": torch.zeros(3, 1, 32, 32, 3, dtype=torch.uint8),
         "image_latent": torch.randn(3, 1, 4, 8, 8).half(),
         "focal": torch.zeros(3, 1),
-        "surface": torch.zeros(3, 1, 7, 8, 8).half(),
     }
     save_file(tensors, tmp_path / "cache/shard-000.safetensors", meta)
     arguments = ["model", "--profile", "sdxl", "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
-    arguments += ["--lift-channels", 2, "--lambda-surface", 1, "--encoder-layers", 2]
 
     def run(*more: object) -> None:
         result = CliRunner().invoke(cli, [str(a) for a in (*arguments, *more)], catch_exceptions=False)
@@ -215,8 +212,6 @@ def test_sdxl_trains_through_the_same_command(
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     moved = (weights[f"unet.unet.{name}"] - source.state_dict()[name]).abs().max()
     assert 0 < moved < 1e-2  # began at the pretrained weights, then learned
-    assert weights["unet.lift.value.weight"].shape == (4 * 2, 48) and "encoder.blocks.1.out.weight" in weights
-    assert weights["unet.unet.conv_in.weight"].shape[1] == 12 + lift_channels(4, 2)
     run("--vae", checkpoint, "--resume")  # a checkpoint holds all it needs
     preset, networks = load_networks(checkpoint)
     assert preset.name == "sdxl" and networks["vae_decoder"](torch.zeros(1, 4, 8, 8)).shape == (1, 3, 32, 32)

@@ -11,19 +11,18 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from tests.train.shapes import LIFTED
 from train.__main__ import cli
 from train.average import update_average
 from train.cache import LatentCache, load_cache, reload_cache, vae_fingerprint
 from train.checkpoint import CheckpointError, load_state, save_vae
-from train.presets import TOY, LossWeights, Preset, with_train
+from train.presets import TOY, Preset, with_train
 from train.schedule import Planner, learning_rate, step_generator
 from train.trainer import RunOptions, train_model
 from train.vae import Vae
 from train.watch import Watch
 
 SMALL = with_train(
-    LIFTED, batch=3, steps=6, warmup=2, losses=replace(LIFTED.train.losses, var_objects=2, mi_objects=2)
+    TOY, batch=3, steps=6, warmup=2, losses=replace(TOY.train.losses, var_objects=2, mi_objects=2)
 )
 
 
@@ -46,7 +45,6 @@ def tensors(objects: int = 5) -> dict[str, torch.Tensor]:
         "image": torch.randint(0, 256, (2 * objects, 2, 32, 32, 3), dtype=torch.uint8, generator=generator),
         "image_latent": torch.randn((2 * objects, 2, 4, 8, 8), generator=generator).half(),
         "focal": torch.rand((2 * objects, 2), generator=generator),
-        "surface": torch.rand((2 * objects, 2, 7, 8, 8), generator=generator).half(),
     }
 
 
@@ -146,7 +144,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(
 
 
 def test_runs_without_the_regularisers(tmp_path: Path, cache: Cache, vae: Vae) -> None:
-    preset = with_train(SMALL, steps=2, losses=LossWeights(lambda_var=0.0, lambda_mi=0.0))
+    preset = with_train(SMALL, steps=2, losses=replace(SMALL.train.losses, lambda_var=0.0, lambda_mi=0.0))
     first = train_model(preset, cache, vae, None, options(tmp_path, save_every=1))
     assert set(load_state(first)["history"][-1]) == {"step", "diffusion", "total", "grad_norm"}
     train_model(preset, cache, vae, None, options(tmp_path, resume=True))
